@@ -1,0 +1,475 @@
+"""Walk: go through a model block by block with calibration data, in bounded memory, resumable, and change the model only at the end.
+
+One copy of one block is worked on at a time. The inputs of the current block for all samples are the only activations held, on disk past
+a given size. Each finished block is written to the run folder under a fingerprint of model, data and settings; a killed run continues
+from there and ends with the same bits. The model itself is changed in one last step, journalled on disk, so that a raise or Ctrl-C before
+or inside it leaves every weight as it was.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from whatmatters.core.capture import settings_of
+from whatmatters.core.checkpoint import atomic_file
+from whatmatters.core.data import Calibration, call_model
+from whatmatters.core.errors import FileError, ModelError, NonFiniteError, ResumeError
+from whatmatters.core.progress import Progress
+from whatmatters.core.sites import Site, Structure, replaced_forward
+
+__all__ = ["Batch", "Block", "WalkResult", "walk"]
+
+SPILL_BYTES = 2 << 30
+"""Block inputs are kept in memory up to this size, on disk beyond it."""
+
+
+class _Stop(Exception):  # noqa: N818  (not an error: it ends a forward pass early)
+    """The forward pass has given what was wanted of it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on its way into a block.
+
+    Attributes:
+        index: position of the micro-batch.
+        hidden: input of the block, (samples, ...).
+        ids: the calibration inputs it came from, (samples, ...).
+        valid: False at padding, (samples, length), or None.
+        arguments: keyword arguments of the block (masks, position embeddings).
+    """
+
+    index: int
+    hidden: Tensor
+    ids: Tensor
+    valid: Tensor | None
+    arguments: dict[str, Any]
+
+
+@dataclass
+class Block:
+    """What a visit is given: a copy of a block, its sites, and its inputs if there is calibration data.
+
+    A visit may change parameters and buffers of `module`; nothing of it reaches the model before the walk's last step.
+
+    Attributes:
+        index: position of the block.
+        name: its name in the model.
+        module: the copy, in evaluation mode; experts run their plain loop.
+        sites: its sites.
+        extras: tensors to keep with the block (by name), given back in `WalkResult`.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    sites: tuple[Site, ...]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    _inputs: "_Inputs | None" = None
+
+    def weight(self, site: Site) -> Tensor:
+        """The (out, in) view of a site's weights in the copy."""
+        prefix = f"{self.name}."
+        parameter = self.module.get_parameter(site.parameter.removeprefix(prefix)).detach()
+        if site.index is not None:
+            parameter = parameter[site.index]
+        return parameter.T if site.transposed else parameter
+
+    def batches(self) -> Iterator[Batch]:
+        """The micro-batches, in order; raises ModelError in a walk without data."""
+        if self._inputs is None:
+            raise ModelError("this walk has no calibration data; pass some")
+        yield from self._inputs.batches(self.index)
+
+    def run(self, batch: Batch) -> Tensor:
+        """Output of the block, as it is now, on a micro-batch."""
+        output = self.module(batch.hidden, **batch.arguments)
+        return output if isinstance(output, Tensor) else output[0]
+
+
+@dataclass(frozen=True)
+class WalkResult:
+    """What a walk leaves behind: a row per visited block as the visits returned them, the kept tensors, and the seconds of each block."""
+
+    rows: list[dict[str, Any]]
+    extras: dict[str, Tensor]
+    seconds: list[float]
+
+
+class _Store:
+    """Tensors by number, all of the same kind: in memory, or one file each in a folder once they are many bytes."""
+
+    def __init__(self, folder: Path, budget: int, expected: int) -> None:
+        self.folder = folder if expected > budget else None
+        self.held: dict[int, Tensor] = {}
+        self.kinds: dict[int, tuple[torch.dtype, tuple[int, ...], torch.device]] = {}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        if self.folder is None:
+            self.held[index] = value
+            return
+        self.kinds[index] = (value.dtype, tuple(value.shape), value.device)
+        value.detach().cpu().contiguous().view(torch.uint8).numpy().tofile(self.folder / f"{index}.bin")
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self.folder is None:
+            return self.held[index]
+        dtype, shape, device = self.kinds[index]
+        raw = torch.from_numpy(np.fromfile(self.folder / f"{index}.bin", dtype=np.uint8))
+        return raw.view(dtype).view(shape).to(device)
+
+
+class _Inputs:
+    """The inputs of the current block for every micro-batch, and the keyword arguments of every block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Calibration,
+        structure: Structure,
+        folder: Path,
+        spill_bytes: int,
+        start: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.ids = [inputs for inputs, _ in calibration.batches()]
+        self.valid = [valid for _, valid in calibration.batches()]
+        self.store: _Store | None = None
+        self.arguments: list[list[dict[str, Any]]] = []  # by micro-batch, by block; equal ones are one object
+        blocks = [model.get_submodule(name) for name in structure.blocks]
+        self._check_chain(model, blocks, self.ids[0][:1], None if self.valid[0] is None else self.valid[0][:1])
+        for index, (ids, valid) in enumerate(zip(self.ids, self.valid, strict=True)):
+            hidden, arguments = self._enter(model, blocks, ids, valid)
+            hidden = start(hidden)
+            if self.store is None:
+                samples = sum(len(i) for i in self.ids)
+                self.store = _Store(folder, spill_bytes, hidden.nbytes // len(ids) * samples)
+            self.store[index] = hidden
+            self.arguments.append(self._shared(arguments))
+
+    def _check_chain(self, model: nn.Module, blocks: list[nn.Module], ids: Tensor, valid: Tensor | None) -> None:
+        """One real run of one sample: every block must be given exactly what the block before it returned, once."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        self.tuples = False
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.tuples = not isinstance(output, Tensor)
+            seen.append((args[0] if args else kwargs["hidden_states"], output[0] if self.tuples else output))
+
+        handles = [block.register_forward_hook(hook, with_kwargs=True) for block in blocks]
+        try:
+            call_model(model, ids, valid)
+        finally:
+            for handle in handles:
+                handle.remove()
+        chained = len(seen) == len(blocks) and all(a[1] is b[0] or torch.equal(a[1], b[0]) for a, b in zip(seen, seen[1:], strict=False))
+        if not chained:
+            raise ModelError(
+                f"the {len(blocks)} blocks of {type(model).__name__} do not form a chain ({len(seen)} calls seen in one forward pass); "
+                "expected each block to take the output of the block before it"
+            )
+
+    def _enter(self, model: nn.Module, blocks: list[nn.Module], ids: Tensor, valid: Tensor | None) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Input of the first block and the arguments of each, from a run in which no block computes anything."""
+        first: list[Tensor] = []
+        arguments: list[dict[str, Any]] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            first.append(hidden)
+            arguments.append(kwargs)
+            if len(arguments) == len(blocks):
+                raise _Stop
+            return (hidden,) if self.tuples else hidden
+
+        with replaced_forward(blocks, forward), contextlib.suppress(_Stop):
+            call_model(model, ids, valid)
+        return first[0], arguments
+
+    def _shared(self, arguments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        known = [a for batch in self.arguments for a in batch]
+        result: list[dict[str, Any]] = []
+        for one in arguments:
+            same = next((k for k in {id(k): k for k in [*known, *result]}.values() if _equal(k, one)), one)
+            result.append(same)
+        return result
+
+    def batches(self, block: int) -> Iterator[Batch]:
+        assert self.store is not None  # set by the constructor: calibration data is never empty
+        for index, (ids, valid) in enumerate(zip(self.ids, self.valid, strict=True)):
+            yield Batch(index, self.store[index], ids, valid, self.arguments[index][block])
+
+    def advance(self, block: Block) -> None:
+        """Replace every input by the block's output: the inputs of the next block."""
+        assert self.store is not None
+        for batch in self.batches(block.index):
+            output = block.run(batch)
+            if not torch.isfinite(output).all():
+                raise NonFiniteError(
+                    f"{block.name} gives NaN or infinity on micro-batch {batch.index}; check the model's dtype and the data"
+                )
+            self.store[batch.index] = output
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or bool(a == b)
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, one tensor at a time."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+class _Run:
+    """The run folder: `run.json` with the fingerprint, one file per finished block, the journal of the last step."""
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any], resume: bool) -> None:
+        self.folder = folder
+        record = folder / "run.json"
+        if record.exists():
+            if not resume:
+                raise FileError(f"{folder} holds an earlier run; resume it, or remove the folder")
+            try:
+                before = json.loads(record.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ResumeError(f"{record} is not a run record ({error}); remove {folder} and start again") from error
+            changed = sorted(key for key in fingerprint.keys() | before.keys() if fingerprint.get(key) != before.get(key))
+            if changed:
+                told = "; ".join(f"{key}: was {_short(before.get(key))}, is {_short(fingerprint.get(key))}" for key in changed)
+                raise ResumeError(f"the run in {folder} was made with other inputs ({told}); give the same ones, or start a new run")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(record) as temporary:
+                temporary.write_text(json.dumps(fingerprint, indent=1, sort_keys=True), encoding="utf-8")
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def write(self, index: int, tensors: dict[str, Tensor], row: dict[str, Any], seconds: float) -> None:
+        metadata = {"row": json.dumps(row), "seconds": json.dumps(seconds)}
+        with atomic_file(self.path(index)) as temporary:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+
+    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any], float]:
+        with safe_open(self.path(index), framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        return tensors, json.loads(metadata["row"]), json.loads(metadata["seconds"])
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fingerprint(model: nn.Module, calibration: Calibration | None, settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": digest_of(model),
+        "data": calibration.digest if calibration is not None else None,
+        "batch": calibration.batch if calibration is not None else None,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        **{f"setting {key}": json.loads(json.dumps(value)) for key, value in settings.items()},
+    }
+
+
+EXTRA = "extra:"
+
+
+def walk(
+    model: nn.Module,
+    calibration: Calibration | None,
+    visit: Callable[[Block], dict[str, Any]],
+    *,
+    structure: Structure,
+    settings: dict[str, Any],
+    label: str = "blocks",
+    start: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+    outside: Callable[[], Iterator[tuple[str, Tensor]]] | None = None,
+    commit: bool = True,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    spill_bytes: int = SPILL_BYTES,
+    progress: Progress | None = None,
+) -> WalkResult:
+    """Visit every block with its inputs, then commit the changed tensors to the model in one journalled step.
+
+    The inputs of a block are the outputs of the blocks before it as their visits left them.
+
+    Args:
+        model: the model; unchanged until the last step, and if anything raises.
+        calibration: data whose activations go through the blocks; None for a walk over weights alone.
+        visit: called with each block that has sites; returns a JSON-able row for the report.
+        structure: blocks and sites of the model.
+        settings: everything that determines the result, JSON-able; part of the fingerprint.
+        label: what is shown as progress.
+        start: applied to the inputs of the first block (a rotation of the residual stream, say).
+        outside: gives (parameter name, new value) for parameters outside the blocks, one at a time, at the last step. A name that is tied
+            to another parameter of the model is untied.
+        commit: False for visits that only measure: then nothing is copied into the model.
+        run_dir: folder of the run; None: a temporary one, so not resumable. Removed by the caller when its result is safe.
+        resume: continue the run in `run_dir` if there is one.
+        spill_bytes: block inputs larger than this are kept on disk.
+        progress: told after each block.
+
+    Returns:
+        Rows and kept tensors of all blocks.
+
+    Raises:
+        ModelError: the blocks do not form a chain.
+        NonFiniteError: a block's output is not finite.
+        ResumeError: `run_dir` was made with other inputs; the message names them.
+        FileError: `run_dir` holds a run and `resume` is False.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(run_dir) if run_dir is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="whatmatters-")))
+        training = {m: m.training for m in model.modules()}
+        stack.callback(lambda: [setattr(m, "training", was) for m, was in training.items()])
+        stack.enter_context(torch.no_grad())
+        model.eval()
+        run = _Run(folder, _fingerprint(model, calibration, settings), resume) if run_dir is not None else None
+        scratch = _Run(folder, {}, True) if run is None else run
+        spill = folder / "inputs"
+        stack.callback(shutil.rmtree, spill, ignore_errors=True)
+        inputs = _Inputs(model, calibration, structure, spill, spill_bytes, start) if calibration is not None else None
+        rows: list[dict[str, Any]] = []
+        extras: dict[str, Tensor] = {}
+        seconds: list[float] = []
+        total = len(structure.blocks)
+        if progress is not None:
+            progress(label, 0, total)
+        for index, name in enumerate(structure.blocks):
+            original = model.get_submodule(name)
+            sites = structure.in_block(name)
+            block = Block(index, name, copy.deepcopy(original), sites, _inputs=inputs)
+            with settings_of(block.module, _experts_implementation="eager"):
+                if run is not None and run.path(index).exists():
+                    changed, row, spent = run.read(index)
+                    _load_into(block, changed)
+                else:
+                    before = time.perf_counter()
+                    row = visit(block) if sites else {}
+                    spent = time.perf_counter() - before
+                    changed = _changes(block, original)
+                    if commit or run is not None:
+                        scratch.write(index, changed, row, spent)
+                extras |= {key.removeprefix(EXTRA): value for key, value in changed.items() if key.startswith(EXTRA)}
+                del changed
+                if sites:
+                    rows.append(row)
+                    seconds.append(spent)
+                if inputs is not None and index + 1 < total:
+                    inputs.advance(block)
+            if progress is not None:
+                progress(label, index + 1, total)
+        del inputs
+        if commit:
+            _commit(model, scratch, total, outside)
+        return WalkResult(rows, extras, seconds)
+
+
+def _changes(block: Block, original: nn.Module) -> dict[str, Tensor]:
+    before = original.state_dict()
+    after = block.module.state_dict()
+    changed = {f"{block.name}.{key}": value for key, value in after.items() if not torch.equal(value, before[key])}
+    for name, value in changed.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise NonFiniteError(f"{name} became NaN or infinity; nothing was changed")
+    return changed | {EXTRA + key: value for key, value in block.extras.items()}
+
+
+def _load_into(block: Block, changed: dict[str, Tensor]) -> None:
+    state = block.module.state_dict()
+    for name, value in changed.items():
+        if not name.startswith(EXTRA):
+            state[name.removeprefix(f"{block.name}.")].copy_(value)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key
+
+
+def _commit(model: nn.Module, run: _Run, blocks: int, outside: Callable[[], Iterator[tuple[str, Tensor]]] | None) -> None:
+    """Copy all finished tensors into the model. What is overwritten is first written to disk, and put back if anything raises."""
+    journal: list[Path] = []
+    untied: list[tuple[nn.Module, str, nn.Parameter]] = []
+    config = getattr(model, "config", None)
+    was_tied = getattr(config, "tie_word_embeddings", None)
+
+    def changes() -> Iterator[dict[str, Tensor]]:
+        for index in range(blocks):
+            yield {k: v for k, v in run.read(index)[0].items() if not k.startswith(EXTRA)}
+        if outside is not None:
+            for name, value in outside():
+                yield {name: value}
+
+    def target(name: str) -> Tensor:
+        owner, key = _owner(model, name)
+        value = getattr(owner, key)
+        if not isinstance(value, Tensor):
+            raise ModelError(f"{name} is not a tensor of the model")
+        return value.detach()
+
+    try:
+        for number, tensors in enumerate(changes()):
+            if not tensors:
+                continue
+            for name in tensors:
+                _untie(model, name, untied)
+            path = run.folder / f"journal-{number:05d}.safetensors"
+            with atomic_file(path) as temporary:
+                save_file({name: target(name).cpu().contiguous() for name in tensors}, temporary)
+            journal.append(path)
+            for name, value in tensors.items():
+                target(name).copy_(value)
+    except BaseException:
+        for path in journal:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    target(name).copy_(file.get_tensor(name))
+        for owner, key, parameter in reversed(untied):
+            setattr(owner, key, parameter)
+        if untied:
+            config.tie_word_embeddings = was_tied  # type: ignore[union-attr]
+        raise
+    finally:
+        for path in journal:
+            path.unlink(missing_ok=True)
+    if untied and config is not None:
+        config.tie_word_embeddings = False
+
+
+def _untie(model: nn.Module, name: str, untied: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
+    """Give a parameter that another module holds too a storage of its own."""
+    owner, key = _owner(model, name)
+    parameter = owner._parameters.get(key)
+    holders = [m for m in model.modules() if any(p is parameter for p in m._parameters.values())]
+    if parameter is not None and len(holders) > 1:
+        untied.append((owner, key, parameter))
+        setattr(owner, key, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))

@@ -1,0 +1,5 @@
+"""Quantization: fewer bits for the weights. One file a method."""
+
+from whatmatters.core.catalog import open_room
+
+__all__ = open_room(__name__, globals())  # noqa: PLE0605  (the names are found, not listed)

@@ -1,0 +1,5 @@
+"""Scorers: what matters, by site or by token. One file a family; all are listed by `whatmatters methods --job score`."""
+
+from whatmatters.core.catalog import open_room
+
+__all__ = open_room(__name__, globals())  # noqa: PLE0605  (the names are found, not listed)

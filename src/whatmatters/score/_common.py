@@ -1,0 +1,127 @@
+"""Statistics of what goes into each site of a block: Gram matrices and their diagonals, in float64, weighted by token if asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from whatmatters.core.capture import site_inputs
+from whatmatters.core.errors import ModelError
+from whatmatters.core.sites import Site
+from whatmatters.core.walk import Batch, Block
+from whatmatters.kernels.gram import accumulate_gram, mirror
+
+__all__ = ["Statistic", "input_statistics"]
+
+
+class _Enough(Exception):  # noqa: N818  (not an error: every wanted input of this micro-batch was seen)
+    """Ends a forward pass early."""
+
+
+@dataclass
+class Statistic:
+    """Sum over tokens of w_t x_t x_t' for one input tensor, which several sites may read.
+
+    Attributes:
+        total: (in, in), or its diagonal (in,).
+        tokens: sum of the weights; the number of tokens when there are none.
+        sites: names of the sites that read this input.
+    """
+
+    total: Float64[Tensor, "d d"] | Float64[Tensor, " d"]
+    tokens: float
+    sites: list[str]
+
+
+def input_statistics(
+    block: Block, sites: Sequence[Site], *, kind: Literal["gram", "diagonal"] = "gram", weights: Sequence[Tensor] | None = None
+) -> list[Statistic]:
+    """Run all micro-batches through a block and sum up what its sites are given.
+
+    Sites that read the same tensor share one statistic, so q, k and v cost one product. A micro-batch is left as soon as every wanted
+    site has been given its input. Padding counts nothing. An expert that is never chosen has a statistic of zeros and no tokens.
+
+    Args:
+        block: the block being visited, in whatever state its weights are.
+        sites: the sites of interest.
+        kind: "gram" for sum w x x', "diagonal" for sum w x^2.
+        weights: for each micro-batch the weights of its tokens, (samples, length), non-negative; None: all one.
+
+    Returns:
+        One statistic for each distinct input, in the order of `sites`.
+
+    Raises:
+        ModelError: an expert is given tokens that cannot be followed back to their positions, and weights or padding need them to be.
+    """
+    found: dict[str, Statistic] = {}
+    alias: dict[str, str] = {}
+    wanted = {site.name for site in sites}
+    plain = all(site.index is None for site in sites)
+    by_name = {site.name: site for site in sites}
+
+    def add(statistic: Statistic, x: Tensor, w: Tensor | None) -> None:
+        if kind == "diagonal":
+            squares = x.double().square()
+            statistic.total += squares.sum(0) if w is None else (squares * w.double()[:, None]).sum(0)
+        else:
+            accumulate_gram(statistic.total, x, w)
+        statistic.tokens += len(x) if w is None else float(w.double().sum())
+
+    def empty(name: str, device: torch.device) -> Statistic:
+        d = by_name[name].shape[1]
+        return Statistic(torch.zeros((d, d) if kind == "gram" else (d,), dtype=torch.float64, device=device), 0.0, [name])
+
+    for batch in block.batches():
+        token_weights = _token_weights(batch, weights)
+        seen: list[tuple[tuple[int, torch.Size], str, Tensor]] = []  # holds the tensors, so that addresses stay theirs
+        names: set[str] = set()
+
+        def callback(name: str, x: Tensor, rows: Tensor | None) -> None:
+            address = (x.data_ptr(), x.shape)
+            first = next((owner for known, owner, _ in seen if known == address), None)
+            names.add(name)
+            if first is None:
+                seen.append((address, name, x))
+                statistic = found.setdefault(name, empty(name, x.device))
+                w = token_weights
+                if w is not None and by_name[name].index is not None:
+                    if rows is None:
+                        raise ModelError(f"{name}: the tokens given to this expert cannot be followed, so they cannot be weighted")
+                    w = w[rows]
+                flat = x.reshape(-1, x.shape[-1])
+                if w is None or by_name[name].index is not None or len(w) == len(flat):
+                    add(statistic, flat, w)
+                else:
+                    raise ModelError(f"{name} is given {len(flat)} tokens where the micro-batch has {len(w)}, so they cannot be weighted")
+            elif name != first:
+                alias[name] = first
+            if plain and names == wanted:
+                raise _Enough
+
+        try:
+            with site_inputs(block.module, sites, callback, root_name=block.name):
+                block.run(batch)
+        except _Enough:
+            pass
+    for name in by_name:
+        if name in alias and name not in found:
+            found[alias[name]].sites.append(name)
+        elif name not in found:
+            found[name] = empty(name, torch.device("cpu"))
+    if kind == "gram":
+        for statistic in found.values():
+            mirror(statistic.total)
+    order = {name: i for i, name in enumerate(by_name)}
+    return sorted(found.values(), key=lambda s: order[s.sites[0]])
+
+
+def _token_weights(batch: Batch, weights: Sequence[Tensor] | None) -> Tensor | None:
+    """Weights of the tokens of a micro-batch, flat; zero at padding; None when all are one."""
+    w = None if weights is None else weights[batch.index].reshape(-1)
+    if batch.valid is None:
+        return w
+    valid = batch.valid.reshape(-1)
+    return valid.to(torch.float64) if w is None else w * valid

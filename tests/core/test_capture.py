@@ -1,0 +1,106 @@
+"""What capture sees against what the library's own attention and expert loops compute."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, build, inputs
+from torch import Tensor, nn
+
+from whatmatters.core.capture import attention_queries, attention_received, settings_of, site_inputs
+from whatmatters.core.data import call_model
+from whatmatters.core.sites import structure
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_of_every_site_explain_its_output(family: str) -> None:
+    model, ids = build(family), inputs(family)
+    found = structure(model)
+    seen: dict[str, list[Tensor]] = {}
+    plain = {s.name: s for s in found.sites if s.index is None}
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(n).register_forward_hook(lambda m, a, out, n=n: outputs.__setitem__(n, out.detach())) for n in plain
+    ]
+    with torch.no_grad(), settings_of(model, _experts_implementation="eager"):
+        with site_inputs(model, found.sites, lambda name, x, rows: seen.setdefault(name, []).append(x)):
+            call_model(model, ids)
+    for handle in handles:
+        handle.remove()
+    assert plain.keys() <= seen.keys()
+    for name, site in plain.items():
+        bias = getattr(model.get_submodule(name), "bias", None)
+        expected = nn.functional.linear(seen[name][0], site.view(model), bias)
+        assert torch.allclose(outputs[name], expected, atol=1e-5)
+
+
+def test_experts_see_the_tokens_routed_to_them() -> None:
+    model, ids = build("mixtral"), inputs("mixtral")
+    found = structure(model)
+    routed: list[Tensor] = []
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    handle = experts.register_forward_pre_hook(lambda m, args: routed.append((args[0], args[1])))
+    seen: dict[str, tuple[Tensor, Tensor | None]] = {}
+    sites = [s for s in found.sites if s.index is not None and s.block == "model.layers.0"]
+    with torch.no_grad(), settings_of(model, _experts_implementation="eager"):
+        with site_inputs(model, sites, lambda name, x, rows: seen.__setitem__(name, (x, rows))):
+            call_model(model, ids)
+    handle.remove()
+    hidden, chosen = routed[0]
+    for expert in range(4):
+        rows = torch.where((chosen == expert).any(-1))[0]
+        x, told = seen[f"model.layers.0.mlp.experts.gate_up_proj[{expert}]"]
+        assert told is not None
+        assert sorted(told.tolist()) == rows.tolist()
+        assert torch.equal(x, hidden[told])
+        _, down_rows = seen[f"model.layers.0.mlp.experts.down_proj[{expert}]"]
+        assert torch.equal(down_rows, told)
+
+
+def test_settings_are_restored_after_a_raise() -> None:
+    model = build("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="stop"), attention_queries(model, lambda *args: None):
+        assert model.config._attn_implementation != before
+        raise RuntimeError("stop")
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_received_sums_the_eager_maps(family: str, padded: bool) -> None:
+    model, ids = build(family), inputs(family, samples=2, length=17)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    if padded:
+        valid[1, 12:] = False
+    received: list[Tensor] = []
+
+    def listener(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> None:
+        received.append(attention_received(query, key, mask, scaling, rows=5))
+
+    with torch.no_grad():
+        with attention_queries(model, listener):
+            listened = call_model(model, ids, valid).logits
+        eager = copy.deepcopy(model)
+        eager.set_attn_implementation("eager")
+        out = eager(input_ids=ids, attention_mask=valid.long(), output_attentions=True)
+        quiet = call_model(model, ids, valid).logits
+    assert torch.equal(listened, quiet)
+    assert len(received) == len(out.attentions)
+    for ours, theirs in zip(received, out.attentions, strict=True):
+        expected = theirs.double()
+        if padded:  # the library gives queries in the padding a uniform row; only real queries are compared
+            expected = expected * valid[:, None, :, None]
+            ours_real = ours[valid]
+            assert torch.isfinite(ours_real).all()
+            assert torch.allclose(ours[0].double(), expected[0].sum((0, 1)), atol=1e-4)
+        else:
+            assert torch.allclose(ours.double(), expected.sum((1, 2)), atol=1e-4)
+
+
+def test_causal_sums_add_up_and_fall_for_uniform_attention() -> None:
+    query = torch.zeros(1, 3, 6, 4)
+    received = attention_received(query, query)
+    expected = [3 * sum(1 / (i + 1) for i in range(t, 6)) for t in range(6)]
+    assert received[0].tolist() == pytest.approx(expected, rel=1e-6)
+    assert float(attention_received(query, query, causal=False).sum()) == pytest.approx(18)
