@@ -11,6 +11,7 @@ from collections import Counter
 import pyarrow
 import pyarrow.parquet
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +62,7 @@ sizes_of_documents = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
 @given(sizes=sizes_of_documents, length=st.integers(2, 9), samples=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None)
 def test_packed_windows_are_slices_of_whole_documents_in_a_row(sizes, length, samples, seed):
     texts = numbered(sizes)
     if sum(sizes) // length < samples:
@@ -92,6 +94,21 @@ def test_every_token_is_equally_likely():
     expected, deviation = draws / 4, (draws * 0.25 * 0.75) ** 0.5
     assert len(counts) == 64
     assert max(abs(count - expected) for count in counts.values()) < 4.5 * deviation
+
+
+def test_the_remainder_of_the_stream_is_reached_at_both_ends():
+    seen = [set(calibration(None, torch.arange(14), samples=3, length=4, seed=seed).inputs.flatten().tolist()) for seed in range(40)]
+    assert {min(tokens) for tokens in seen} == {0, 1, 2}
+    assert {max(tokens) for tokens in seen} == {11, 12, 13}
+
+
+def test_where_few_documents_are_enough_any_may_be_taken(monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 50)
+    taken = Counter()
+    for seed in range(500):  # 8 x 10 tokens are two documents of 50
+        taken.update(calibration(None, numbered([50] * 40), samples=1, length=10, seed=seed).document.tolist())
+    assert len(taken) == 40
+    assert scipy.stats.chisquare(list(taken.values())).pvalue > 1e-4
 
 
 def test_seed_and_source_decide_everything():
@@ -147,6 +164,7 @@ def test_a_source_without_end_is_read_up_to_the_limit(monkeypatch):
 
 
 @given(sizes=sizes_of_documents, length=st.integers(2, 9), per_document=st.none() | st.integers(1, 3), limit=st.none() | st.integers(1, 9))
+@settings(deadline=None)
 def test_judging_windows_hold_their_document_from_its_beginning(sizes, length, per_document, limit):
     texts = numbered(sizes)
     if max(sizes) < 2:
@@ -171,6 +189,7 @@ def test_judging_windows_hold_their_document_from_its_beginning(sizes, length, p
 
 
 @given(sizes=sizes_of_documents, length=st.integers(2, 9), stride=st.integers(1, 9))
+@settings(deadline=None)
 def test_strided_windows_overlap_and_end_with_their_document(sizes, length, stride):
     stride = min(stride, length)
     if max(sizes) < 2:
@@ -211,6 +230,7 @@ texts_strategy = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclu
 
 
 @given(texts=texts_strategy)
+@settings(deadline=None)
 def test_the_same_texts_from_every_source(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("texts")
     expected = [text for text in texts if text.strip() != ""]
@@ -303,7 +323,7 @@ def test_an_unreadable_file(tmp_path):
 
 
 @given(content=st.binary(max_size=200))
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 def test_any_bytes_give_text_or_our_error(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()
     for name in ("fuzz.txt", "fuzz.jsonl", "fuzz.parquet"):
@@ -317,7 +337,7 @@ def test_any_bytes_give_text_or_our_error(tmp_path_factory, content):
 
 
 @given(data_=st.data())
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 def test_a_damaged_parquet_file_gives_text_or_our_error(tmp_path_factory, data_):
     path = tmp_path_factory.getbasetemp() / "damaged.parquet"
     write_parquet(path, text=["one", "two", "three"])
@@ -382,6 +402,10 @@ def test_micro_batches_cover_the_samples_in_order():
     assert torch.equal(torch.cat([valid for _, valid in parts]), made.valid)
     assert len(made) == 7
     assert made.tokens == 33
+
+
+def test_narrow_ids_are_widened():
+    assert Calibration.from_tensors(torch.ones(2, 3, dtype=torch.int32)).inputs.dtype == torch.int64
 
 
 def test_features_for_plain_models():
@@ -463,6 +487,14 @@ def test_models_are_called_as_they_are_made():
     features = torch.rand(5, 3)
     assert torch.equal(call_model(plain, features), plain(features))
     assert torch.equal(logits(nn.Sequential(model.embedding), ids), model.embedding(ids))
+
+
+def test_models_that_know_no_cache_are_not_told_of_it():
+    class Bare(nn.Module):
+        def forward(self, input_ids):
+            return input_ids + 1
+
+    assert call_model(Bare(), torch.ones(1, 2, dtype=torch.int64)).tolist() == [[2, 2]]
 
 
 def test_models_without_logits_are_refused():

@@ -757,7 +757,7 @@ class _Program:
     columns: list[tuple[int, int]]
     gains: np.ndarray
     sizes: np.ndarray
-    room: int
+    room: float
     one_each: Any
 
 
@@ -786,8 +786,10 @@ def _program(problem: _Problem, losses: list[tuple[Fraction, ...]]) -> _Program 
     one_each = csr_matrix((np.ones(len(columns)), (places, np.arange(len(columns)))), shape=(len(groups), len(columns)))
     # The solver's absolute gap is 1e-6 and cannot be set: gains up to 1e6 make it 1e-12 of the largest.
     scaled = np.array([float(gain / largest) * 1e6 for gain in gains])
+    # The solver forgives 1e-6 of a row: rows are shrunk as far as half a unit stays above that, since long ones make it repair (and print).
+    shrink = max(1.0, min(4e5, max(extras) / unit / 100))
     room = (problem.budget - problem.cost(base)) // unit
-    return _Program(base, columns, scaled, np.array([float(extra // unit) for extra in extras]), room, one_each)
+    return _Program(base, columns, scaled, np.array([extra // unit / shrink for extra in extras]), room / shrink, one_each)
 
 
 def _optimum(problem: _Problem, losses: list[tuple[Fraction, ...]]) -> list[int]:
@@ -801,7 +803,7 @@ def _optimum(problem: _Problem, losses: list[tuple[Fraction, ...]]) -> list[int]
     if program is None:
         return [_cheapest(costs, row) for costs, row in zip(problem.costs, losses, strict=True)]
     one_each = LinearConstraint(program.one_each, -np.inf, 1)
-    within = LinearConstraint(program.sizes[None], -np.inf, float(program.room))
+    within = LinearConstraint(program.sizes[None], -np.inf, program.room)
     whole, unit_box = np.ones(len(program.columns)), Bounds(0, 1)
     solution = milp(-program.gains, constraints=[one_each, within], integrality=whole, bounds=unit_box, options={"mip_rel_gap": 0.0})
     chosen = _chosen(program, solution)
@@ -812,7 +814,8 @@ def _optimum(problem: _Problem, losses: list[tuple[Fraction, ...]]) -> list[int]
         )
     least = value(chosen)
     # Second stage: no more loss and less size. Cut off after a fixed number of nodes: it only breaks ties, and stays deterministic.
-    no_worse = LinearConstraint(program.gains[None], float(program.gains @ _picked(program, chosen)) - 1e-6, np.inf)
+    gains = program.gains / 1e4
+    no_worse = LinearConstraint(gains[None], float(gains @ _picked(program, chosen)), np.inf)
     smaller = milp(
         program.sizes,
         constraints=[one_each, within, no_worse],
@@ -874,7 +877,7 @@ def _rounded_down(problem: _Problem, losses: list[tuple[Fraction, ...]]) -> list
     if program is None:
         return [_cheapest(costs, row) for costs, row in zip(problem.costs, losses, strict=True)]
     rows = vstack([program.one_each, csr_matrix(program.sizes[None])])
-    bounds = np.append(np.ones(program.one_each.shape[0]), float(program.room))
+    bounds = np.append(np.ones(program.one_each.shape[0]), program.room)
     solution = linprog(-program.gains, A_ub=rows, b_ub=bounds, bounds=(0, 1))
     chosen = list(program.base)
     if solution.x is None:

@@ -537,6 +537,8 @@ def _check_format(model: nn.Module, format: str, *, quantized: bool) -> PreTrain
             f"a {type(model).__name__} is not a transformers model, so it has no checkpoint that loads by itself; "
             "keep its state_dict with safetensors.torch.save_file"
         )
+    if getattr(model, "whatmatters_online", False):
+        raise FormatError("this model was rotated in ways that it computes as it runs, which no checkpoint holds; use rotate='hadamard'")
     if format == "compressed-tensors" and not quantized:
         raise FormatError('format="compressed-tensors" holds quantized models, and no site is quantized; use format="dense"')
     return model

@@ -222,7 +222,7 @@ def calibration(
     _check_counts(samples=(samples, 1), length=(length, 2), batch=(batch, 1))
     draw = generator(seed)
     pieces = _pieces(source, field)
-    order = list(range(len(pieces)))
+    order = torch.randperm(len(pieces), generator=draw).tolist()
     wanted, total = OVERSAMPLE * samples * length, 0
     stream: list[Tensor] = []
     owners: list[Tensor] = []

@@ -225,7 +225,8 @@ class Scores:
         from whatmatters.core.allocation import top_k  # allocation stands above scores
 
         scores = self.stakes()
-        if not 0 <= k <= (count := scores._counted()):
+        count = scores._counted()
+        if not 0 <= k <= count:
             raise InputError(f"top {k} of {count} units; expected 0 to {count}")
         flat, starts = scores._flat()
         chosen = top_k(flat, k).nonzero().squeeze(1)
@@ -431,8 +432,7 @@ class Scores:
         for name, value in self.values.items():
             columns: dict[str, Any] = {"site": name}
             labels = ("level",) if self.scale == "loss" else _INDEX_NAMES.get(self.unit, tuple(f"index_{d}" for d in range(value.dim())))
-            indices = np.indices(tuple(value.shape)).reshape(value.dim(), -1)
-            columns |= dict(zip(labels, indices, strict=True))
+            columns |= {label: axis.reshape(-1) for label, axis in zip(labels, np.indices(tuple(value.shape)), strict=True)}
             if self.scale == "loss":
                 columns["level"] = list(self.levels)
             columns["value"] = value.reshape(-1).numpy()
@@ -508,6 +508,8 @@ class Scores:
             for name in ("unit", "method", "scale"):
                 if not isinstance(fields[name], str):
                     raise InputTypeError(f"{name} is {type(fields[name]).__name__}; expected text")
+            if not isinstance(fields["settings"], dict):
+                raise InputTypeError(f"settings is {type(fields['settings']).__name__}; expected an object")
             if fields["structure"] is not None:
                 fields["structure"] = Structure.from_json(fields["structure"])
             return cls._adopt(values=values, valid=valid, **fields)

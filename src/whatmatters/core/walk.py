@@ -311,6 +311,7 @@ def walk(
     label: str = "blocks",
     start: Callable[[Tensor], Tensor] = lambda hidden: hidden,
     outside: Callable[[], Iterator[tuple[str, Tensor]]] | None = None,
+    prepare: Callable[[str, nn.Module], object] | None = None,
     commit: bool = True,
     run_dir: str | Path | None = None,
     resume: bool = False,
@@ -331,6 +332,7 @@ def walk(
         start: applied to the inputs of the first block (a rotation of the residual stream, say).
         outside: gives (parameter name, new value) for parameters outside the blocks, one at a time, at the last step. A name that is tied
             to another parameter of the model is untied.
+        prepare: given the name and the copy of each block before anything else, also of blocks that an earlier run finished: for hooks.
         commit: False for visits that only measure: then nothing is copied into the model.
         run_dir: folder of the run; None: a temporary one, so not resumable. Removed by the caller when its result is safe.
         resume: continue the run in `run_dir` if there is one.
@@ -367,6 +369,8 @@ def walk(
             original = model.get_submodule(name)
             sites = structure.in_block(name)
             block = Block(index, name, copy.deepcopy(original), sites, _inputs=inputs)
+            if prepare is not None:
+                prepare(name, block.module)
             with settings_of(block.module, _experts_implementation="eager"):
                 if run is not None and run.path(index).exists():
                     changed, row, spent = run.read(index)

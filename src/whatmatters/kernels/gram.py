@@ -1,6 +1,5 @@
 """Weighted Gram matrices of calibration inputs: the Hessian of a layer's reconstruction loss, accumulated micro-batch by micro-batch."""
 
-import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 

@@ -1,7 +1,7 @@
 """What quantizers share: rounding with and without feedback, and the walk that quantizes block by block."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Float64, Int8, Int64
 from torch import Tensor, nn
 
+from whatmatters.core.actions import check_names_fit, check_sites
 from whatmatters.core.capture import site_inputs
 from whatmatters.core.data import Calibration
-from whatmatters.core.errors import InputError, InputTypeError, ModelError, NonFiniteError
+from whatmatters.core.errors import InputError, InputTypeError
 from whatmatters.core.formats import DENSE_BITS, WIDTHS, QuantizedGrid, attach, dequantize
 from whatmatters.core.grids import GridSettings, fit_grid
 from whatmatters.core.plans import Plan
@@ -94,7 +95,6 @@ def site_bits(bits: int | Plan | Mapping[str, int], found: Structure) -> dict[st
         InputTypeError: a plan of another kind.
         InputError: bits out of range, or a plan for other sites.
     """
-    names = [site.name for site in found.sites]
     if isinstance(bits, Plan):
         if bits.kind != "bits":
             raise InputTypeError(f"a {bits.kind!r} plan was given; quantizing takes a plan of kind 'bits' (allocate.bits makes one)")
@@ -102,27 +102,12 @@ def site_bits(bits: int | Plan | Mapping[str, int], found: Structure) -> dict[st
     elif isinstance(bits, Mapping):
         given = bits
     else:
-        given = dict.fromkeys(names, bits)
-    lacking = [name for name in names if name not in given]
-    foreign = [name for name in given if name not in set(names)]
-    if lacking or foreign:
-        told = f"lacks {lacking[0]}" if lacking else f"has {foreign[0]}, which the model has not"
-        raise InputError(f"the bits do not fit the model: its plan {told}; make the plan from scores of this model")
+        given = {site.name: bits for site in found.sites}
+    check_names_fit(given.keys(), found, "the bit plan")
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int) or not (value in WIDTHS or value >= DENSE_BITS):
             raise InputError(f"{name}: {value!r} bits; expected one of {', '.join(map(str, WIDTHS))}, or 16 to leave the site as it is")
-    return {name: int(given[name]) for name in names}
-
-
-def check_sites(model: nn.Module, found: Structure, allow_uncovered: bool) -> list[str]:
-    """Notes for the report about weights no site covers; raises if there are any and they were not allowed, or if a weight is NaN."""
-    if found.uncovered and not allow_uncovered:
-        shown = ", ".join(found.uncovered[:3]) + (f" and {len(found.uncovered) - 3} more" if len(found.uncovered) > 3 else "")
-        raise ModelError(f"{shown}: weights inside blocks that no site covers; they stay as they are with allow_uncovered=True")
-    for site in found.sites:
-        if not torch.isfinite(site.view(model)).all():
-            raise NonFiniteError(f"{site.name} holds NaN or infinity; repair the checkpoint before quantizing or pruning it")
-    return [f"left as it is (no site covers it): {name}" for name in found.uncovered]
+    return {site.name: int(given[site.name]) for site in found.sites}
 
 
 def check_groups(bits: Mapping[str, int], found: Structure, group_size: int) -> None:
@@ -140,8 +125,9 @@ def check_groups(bits: Mapping[str, int], found: Structure, group_size: int) -> 
 class Rounding:
     """Rounds the sites of one block on their grids and keeps the record: what every quantizer's visit ends with."""
 
-    def __init__(self, block: Block, bits: Mapping[str, int], settings: GridSettings) -> None:
+    def __init__(self, block: Block, groups: Sequence[Sequence[str]], bits: Mapping[str, int], settings: GridSettings) -> None:
         self.block = block
+        self.groups = groups
         self.bits = bits
         self.settings = settings
         self.rows: list[dict[str, Any]] = []
@@ -177,42 +163,33 @@ class Rounding:
             self.set(site, grid, code, loss=loss, tokens=statistic.tokens, seconds=seconds)
 
     def to_feedback(
-        self, *, damping: float, act_order: bool, true_sequential: bool, weights: Sequence[Tensor] | None = None
+        self,
+        *,
+        damping: float,
+        act_order: bool,
+        true_sequential: bool,
+        weights: Sequence[Tensor] | None = None,
+        weighted: Collection[str] | None = None,
     ) -> None:
         """Collect Hessians and round all sites of the block that have fewer than 16 bits.
 
         Args:
             damping: share of the mean diagonal of H that is added to it.
             act_order: columns by falling diagonal of H.
-            true_sequential: collect the inputs of each group of sites after the groups before it are rounded; else all at once.
+            true_sequential: collect the inputs of each group of tied sites after the groups before it are rounded; else all at once.
             weights: weights of the tokens, by micro-batch.
+            weighted: names of the sites whose statistics they weight; None: all.
         """
         sites = [site for site in self.block.sites if self.bits[site.name] < DENSE_BITS]
-        for stage in _stages(self.block, sites) if true_sequential else [sites]:
-            for statistic in input_statistics(self.block, stage, weights=weights) if stage else []:
-                by_name = {site.name: site for site in stage}
+        by_name = {site.name: site for site in sites}
+        groups = [[by_name[name] for name in group if name in by_name] for group in self.groups]
+        for stage in groups if true_sequential else [sites]:
+            listening = [site for site in stage if weighted is None or site.name in weighted]
+            others = [site for site in stage if site not in listening]
+            statistics = input_statistics(self.block, listening, weights=weights) if listening else []
+            statistics += input_statistics(self.block, others) if others else []
+            for statistic in statistics:
                 self.feedback([by_name[n] for n in statistic.sites], statistic, damping=damping, act_order=act_order)
-
-
-def _stages(block: Block, sites: Sequence[Site]) -> list[list[Site]]:
-    """Sites in groups that can be rounded together because none of them feeds another: those given the same inputs, or one parameter."""
-    stage_of: dict[str, tuple[str, int]] = {}
-    alive: list[Tensor] = []
-    batch = next(block.batches())
-    one = type(batch)(batch.index, batch.hidden[:1], batch.ids[:1], None if batch.valid is None else batch.valid[:1], batch.arguments)
-
-    def callback(name: str, x: Tensor, rows: Tensor | None) -> None:
-        alive.append(x)
-        stage_of[name] = ("input", x.data_ptr())
-
-    plain = [site for site in sites if site.index is None]
-    with site_inputs(block.module, plain, callback, root_name=block.name):
-        block.run(one)
-    stages: dict[tuple[str, object], list[Site]] = {}
-    for site in sites:
-        key: tuple[str, object] = ("parameter", site.parameter) if site.index is not None else stage_of.get(site.name, ("site", site.name))
-        stages.setdefault(key, []).append(site)
-    return list(stages.values())
 
 
 def quantize_blocks(
@@ -239,9 +216,10 @@ def quantize_blocks(
     plan = bits.budget if isinstance(bits, Plan) else {}
     told = {"bits": bits if isinstance(bits, int) else {"plan": dict(plan)}, **vars(grid), **settings}
     report = Report(slug, "quantize", told, notes=notes)
+    groups = found.groups()
 
     def visit_block(block: Block) -> dict[str, Any]:
-        rounding = Rounding(block, levels, grid)
+        rounding = Rounding(block, [g for g in groups if g[0].startswith(f"{block.name}.") or g[0] == block.name], levels, grid)
         visit(rounding)
         return {"rows": rounding.rows}
 

@@ -1,23 +1,25 @@
-"""Statistics of what goes into each site of a block: Gram matrices and their diagonals, in float64, weighted by token if asked."""
+"""What scorers share: statistics of what goes into each site of a block, and scores of weights collected site by site."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float64
-from torch import Tensor
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
 
 from whatmatters.core.capture import site_inputs
-from whatmatters.core.errors import ModelError
-from whatmatters.core.sites import Site
+from whatmatters.core.data import Calibration
+from whatmatters.core.errors import InputError, ModelError, NonFiniteError
+from whatmatters.core.scores import Scores
+from whatmatters.core.sites import Site, Structure, structure
 from whatmatters.core.walk import Batch, Block
 from whatmatters.kernels.gram import accumulate_gram, mirror
 
 __all__ = ["Statistic", "input_statistics"]
 
 
-class _Enough(Exception):  # noqa: N818  (not an error: every wanted input of this micro-batch was seen)
+class _Enough(Exception):
     """Ends a forward pass early."""
 
 
@@ -125,3 +127,62 @@ def _token_weights(batch: Batch, weights: Sequence[Tensor] | None) -> Tensor | N
         return w
     valid = batch.valid.reshape(-1)
     return valid.to(torch.float64) if w is None else w * valid
+
+
+def structure_of(model: nn.Module, given: Structure | None) -> Structure:
+    """The structure at hand, or found."""
+    return structure(model) if given is None else given
+
+
+def finite_weight(model: nn.Module, site: Site) -> Tensor:
+    """The (out, in) view of a site's weights; raises NonFiniteError naming the site."""
+    weight = site.view(model)
+    if not torch.isfinite(weight).all():
+        raise NonFiniteError(f"{site.name} holds NaN or infinity; repair the checkpoint before scoring it")
+    return weight
+
+
+def tokens_of(block: Block) -> int:
+    """Number of tokens that go into a block, padding left out."""
+    return sum(batch.hidden[..., 0].numel() if batch.valid is None else int(batch.valid.sum()) for batch in block.batches())
+
+
+def data_settings(calibration: Calibration) -> dict[str, Any]:
+    """What scores record about the data they were made on."""
+    return {"data": calibration.digest, "samples": len(calibration)}
+
+
+def check_by(by: str) -> None:
+    """Raise InputError unless `by` names a way to key layer scores."""
+    if by not in ("block", "site"):
+        raise InputError(f"by is {by!r}; expected 'block' or 'site'")
+
+
+class WeightScores:
+    """Scores of weights, collected site by site: kept whole for unit "weight", reduced to their mean at once for unit "layer".
+
+    Args:
+        found: the structure of the model.
+        unit: "weight" or "layer".
+        by: for unit "layer": "block" for the mean over all weights of a block, "site" for each site's own.
+
+    Raises:
+        InputError: another unit or another `by`.
+    """
+
+    def __init__(self, found: Structure, unit: str, by: str) -> None:
+        if unit not in ("weight", "layer"):
+            raise InputError(f"unit is {unit!r}; expected 'weight' or 'layer'")
+        check_by(by)
+        self.found, self.unit, self.by = found, unit, by
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, site: Site, values: Float[Tensor, "out d"]) -> None:
+        """Take the scores of one site's weights."""
+        self.values[site.name] = values.to("cpu", torch.float32) if self.unit == "weight" else values.mean(dtype=torch.float64).cpu()
+
+    def scores(self, method: str, settings: dict[str, Any]) -> Scores:
+        """What was collected, in the order of the sites."""
+        ordered = {site.name: self.values[site.name] for site in self.found.sites}
+        scores = Scores(self.unit, ordered, method, settings, structure=self.found)
+        return scores.reduce("mean", by="block") if self.unit == "layer" and self.by == "block" else scores

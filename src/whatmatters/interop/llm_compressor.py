@@ -1,0 +1,36 @@
+"""llm-compressor: a recipe in which its own GPTQ gives every site the bits of the plan, targets by exact name.
+
+Executed where llm-compressor 0.14 is installed in an environment of its own: the recipe is parsed, every target matches its module, and a
+one-shot run writes a checkpoint of those widths. Its pack-quantized format takes 1 to 8 bits; below 2 there is nothing to plan.
+"""
+
+from typing import Any
+
+import yaml
+
+from whatmatters.core.formats import WIDTHS
+from whatmatters.core.plans import Plan
+from whatmatters.interop._common import HEAD, Tool, compressible
+from whatmatters.interop.transformers import config
+
+__all__ = ["TOOL", "recipe"]
+
+
+def recipe(plan: Plan) -> dict[str, Any]:
+    """The recipe: one GPTQ stage with a group of targets for each width; what no target names stays as it is."""
+    entry: Any = config(plan)
+    modifier = {"ignore": [HEAD], "config_groups": entry["config_groups"]}
+    return {"quantization_stage": {"quantization_modifiers": {"GPTQModifier": modifier}}}
+
+
+TOOL = Tool(
+    name="llm-compressor",
+    file="recipe.yaml",
+    levels=WIDTHS,
+    group_sizes=None,
+    ties="parameter",
+    proof="executed with llm-compressor 0.14: recipe parsed, targets matched, one-shot run (optional test)",
+    usage='oneshot(model=MODEL, dataset=DATA, recipe="{file}", output_dir=DIR)',
+    text=lambda plan: yaml.safe_dump(recipe(plan), sort_keys=False),
+    problems=compressible,
+)
