@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -558,7 +559,7 @@ def test_optimum_wants_losses_of_its_levels() -> None:
 
 @pytest.mark.parametrize("count", ["stored", "codes"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_optimum_of_a_70b_model_takes_seconds(count: str, tied: bool) -> None:
+def test_optimum_of_a_70b_model_takes_seconds(count: str, tied: bool, capfd: pytest.CaptureFixture[str]) -> None:
     shapes = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
     structure = model([shapes] * 80, tuple(t for b in range(80) for t in ((f"b{b}.s0", f"b{b}.s1", f"b{b}.s2"), (f"b{b}.s4", f"b{b}.s5"))))
     generator = np.random.default_rng(0)
@@ -574,13 +575,14 @@ def test_optimum_of_a_70b_model_takes_seconds(count: str, tied: bool) -> None:
         row[(2, 3, 4, 8).index(by_rank.values[s.name])] for row, s in zip(rows, structure.sites, strict=True)
     )
     assert plan.account["used"] <= 3.5 * plan.account["weights"]
+    assert capfd.readouterr() == ("", "")  # the solver's library prints from C in some cases
 
 
 def test_a_solver_that_answers_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     import scipy.optimize
 
     class Answer:
-        message = "made up"
+        message, status = "made up", 0
 
         def __init__(self, x: np.ndarray | None) -> None:
             self.x = x
@@ -591,6 +593,13 @@ def test_a_solver_that_answers_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(scipy.optimize, "milp", lambda *a, x=x, **k: Answer(x))
         with pytest.raises(BudgetError, match="integer program"):
             allocation.bits(scores, 3, (2, 4), how="optimum", count="codes")
+
+
+def test_silencing_the_solver_loses_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    with allocation._solver_silenced():
+        os.write(1, b"HighsMipSolverData::transform\nof another thread\n")
+    print("later", flush=True)
+    assert capfd.readouterr() == ("of another thread\nlater\n", "")
 
 
 def test_loss_from_rank_is_its_formula() -> None:

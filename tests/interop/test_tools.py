@@ -251,40 +251,55 @@ def test_recipe_says_the_plan(tmp_path: Path) -> None:
     assert got == {name: bits for name, bits in plan.values.items() if bits != 16}
 
 
-PARSE = """
+RUN = """
 import json, sys
+from datasets import Dataset
+from llmcompressor import oneshot
 from llmcompressor.recipe import Recipe
 from compressed_tensors.utils import match_named_modules
 from transformers import AutoModelForCausalLM
-modifier = Recipe.create_instance(sys.argv[1]).modifiers[0]
-model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
-config = modifier.resolve_quantization_config()
+recipe, model, out = sys.argv[1:]
+modifier = Recipe.create_instance(recipe).modifiers[0]
 found = {}
-for group in config.config_groups.values():
-    for name, module in match_named_modules(model, group.targets, modifier.ignore):
+for group in modifier.resolve_quantization_config().config_groups.values():
+    for name, _ in match_named_modules(AutoModelForCausalLM.from_pretrained(model), group.targets, modifier.ignore):
         found[name] = group.weights.num_bits
+ids = [[(7 * i + 3 * j * j) % 60 + 1 for j in range(32)] for i in range(16)]
+data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 32] * 16})
+oneshot(model=model, dataset=data, max_seq_length=32, num_calibration_samples=16, output_dir=out, recipe=recipe)
 print("RESULT" + json.dumps([type(modifier).__name__, found]))
 """
 
 
-def test_llm_compressor_reads_the_recipe(tmp_path: Path) -> None:
+def test_llm_compressor_runs_the_recipe(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
     python = os.environ.get("WHATMATTERS_LLMCOMPRESSOR_PYTHON")
     if not python:
         pytest.skip("no environment with llm-compressor: set WHATMATTERS_LLMCOMPRESSOR_PYTHON to its interpreter")
     model = build("llama")
-    save(model, None, tmp_path / "model")
-    plan = plan_of(structure(model), tied_bits(structure(model), [2, 3, 4, 8, 16], seed=2))
-    written("llm-compressor", plan, tmp_path)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    save(model, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0"), tmp_path / "model")
+    plan = plan_of(structure(model), tied_bits(structure(model), [2, 3, 4, 5, 6, 7, 8, 16], seed=2))
+    assert len(set(plan.values.values())) >= 6
+    recipe = tool("llm-compressor").write(plan, tmp_path / "recipe.yaml")
     run = subprocess.run(
-        [python, "-c", PARSE, str(tmp_path / "recipe.yaml"), str(tmp_path / "model")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=True,
+        [python, "-c", RUN, str(recipe), str(tmp_path / "model"), str(tmp_path / "out")], capture_output=True, text=True, timeout=250
     )
-    kind, got = json.loads(run.stdout.rpartition("RESULT")[2])
-    assert kind == "GPTQModifier"
-    assert got == {name: bits for name, bits in plan.values.items() if bits != 16}
+    assert run.returncode == 0, run.stderr[-2000:]
+    kind, matched = json.loads(run.stdout.rpartition("RESULT")[2])
+    expected = {name: bits for name, bits in plan.values.items() if bits != 16}
+    assert (kind, matched) == ("GPTQModifier", expected)
+    with torch.no_grad():
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        reloaded(torch.ones(1, 4, dtype=torch.long))  # decompresses
+    for site in structure(model).sites:
+        weight = site.view(reloaded)
+        bits = expected.get(site.name, 16)
+        points = max(len(torch.unique(group)) for group in weight.reshape(-1, GROUP))
+        assert 2 ** (min(bits, 4) - 1) < points <= 2**bits, site.name
 
 
 # All tools

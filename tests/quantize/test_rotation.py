@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import VOCABULARY, build, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from families import VOCABULARY, build, inputs
 from whatmatters.core import walk as walk_module
 from whatmatters.core.checkpoint import save
 from whatmatters.core.errors import FileError, FormatError, InputError, ModelError, NonFiniteError, ResumeError
@@ -72,7 +72,9 @@ def qwen2() -> nn.Module:
 
 def one_head() -> nn.Module:
     """Its norm of queries is as wide as the residual stream."""
-    return seeded(lambda: Qwen3ForCausalLM(Qwen3Config(**{**SMALL, "num_attention_heads": 1}, **SPECIAL, num_key_value_heads=1, head_dim=32)))
+    return seeded(
+        lambda: Qwen3ForCausalLM(Qwen3Config(**{**SMALL, "num_attention_heads": 1}, **SPECIAL, num_key_value_heads=1, head_dim=32))
+    )
 
 
 MODELS = {
@@ -113,7 +115,8 @@ def test_hadamard_signs_come_from_the_seed() -> None:
     first, again, other = hadamard(64, 0), hadamard(64, 0), hadamard(64, 1)
     assert torch.equal(first, again)
     ratio = other / first
-    assert torch.allclose(ratio, ratio[:, :1].expand(64, 64)) and len(ratio[:, 0].round().unique()) == 2
+    assert torch.allclose(ratio, ratio[:, :1].expand(64, 64))
+    assert len(ratio[:, 0].round().unique()) == 2
 
 
 @pytest.mark.parametrize("n", [3, 6, 7, 10, 92, 0, -4])
@@ -125,7 +128,7 @@ def test_no_hadamard_of_that_size(n: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 80), st.sampled_from(["hadamard", "random", "online"]), st.integers(0, 2**40))
-def test_every_rotation_is_orthogonal_and_applies_as_its_matrix(n: int, mode: Any, seed: int) -> None:
+def test_every_rotation_is_orthogonal_and_applies_as_its_matrix(n: int, mode: str, seed: int) -> None:
     found = rotation(n, mode, seed)
     q = found.matrix().numpy()
     np.testing.assert_allclose(q @ q.T, np.eye(n), atol=1e-11)
@@ -150,7 +153,7 @@ def test_random_rotations_are_uniform() -> None:
 
 @pytest.mark.parametrize("mode", ["hadamard", "random", "online"])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_before(name: str, mode: Any, exact_norms: None) -> None:
+def test_logits_are_those_of_before(name: str, mode: str, exact_norms: None) -> None:
     model = varied(MODELS[name]().double())
     ids = inputs("llama", samples=3, length=11)
     before = model(ids).logits
@@ -360,8 +363,8 @@ def test_a_bias_added_outside_a_matrix_is_noticed() -> None:
 
 
 def test_unknown_modes_and_nan_are_refused() -> None:
-    with pytest.raises(InputError, match="'hadamard', 'random', 'online'"):
-        Rotator(build("llama"), structure(build("llama")), "givens", 0)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'givens'; expected one of 'hadamard', 'random', 'online'"):
+        rotate(build("llama"), mode="givens")
     model = build("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from whatmatters.cli import inputs, options
+from whatmatters.cli import inputs, judge, options
 from whatmatters.cli.console import Output, spoken_duration, spoken_size, table
 from whatmatters.cli.settings import SettingsCommand, accepted, given_settings, option_value
 from whatmatters.core.catalog import Entry, get_method, get_scorer
@@ -185,6 +185,7 @@ class _Quantizing:
         self.plan: Plan | None = None
         self.scores: Scores | None = None
         self.group_size, self.symmetric = 128, True
+        self.planned: dict[str, int] = {}
 
     def prepare(self, chosen: str, plan: Path | None, group_size: int | None, asymmetric: bool) -> None:
         """Read plan and scores; refuse what the method does not take."""
@@ -226,13 +227,19 @@ class _Quantizing:
             )  # fmt: skip
         else:
             trial = None
-        levels = site_bits(trial or self.plan or self.bits or 0, found)
+        levels = self.planned = site_bits(trial or self.plan or self.bits or 0, found)
         if self._takes("group_size"):
             check_groups(levels, found, self.group_size)
             check_savable(shapes, levels, group_size=self.group_size, symmetric=self.symmetric, format=self.job.format)
         plan = trial or self.plan
         told = {} if plan is None else {"account": {k: v for k, v in plan.account.items() if k != "filled"}, "budget": dict(plan.budget)}
         return {"group_size": self.group_size, "symmetric": self.symmetric, "levels": histogram(levels), **told}
+
+    def output_bytes(self, shapes: "nn.Module", found: "Structure") -> int:
+        """Bytes of the checkpoint."""
+        from whatmatters.cli.estimates import checkpoint_bytes
+
+        return checkpoint_bytes(shapes, found, self.planned, self.group_size, self.symmetric)
 
     def _levels(self) -> tuple[int, ...]:
         if self.levels is not None:
@@ -311,9 +318,13 @@ class _Pruning:
         total = sum(site.size for site in found.sites)
         return {"pruned": pruned, "weights": total, "sparsity": pruned / total}
 
+    def output_bytes(self, shapes: "nn.Module", found: "Structure") -> int:
+        """Bytes of the checkpoint: pruned weights are stored as zeros."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in shapes.parameters())
+
     def request(self) -> dict[str, Any]:
         """What was asked for, JSON-able."""
-        return {"sparsity": self.sparsity, "plan": None if self.plan is None else planplan_digest(self.plan)}
+        return {"sparsity": self.sparsity, "plan": None if self.plan is None else plan_digest(self.plan)}
 
     def run(self, subject: inputs.Subject, calibration: "Calibration | None", common: Mapping[str, Any]) -> "Report":
         """Prune."""
@@ -377,27 +388,118 @@ def perform(out: Output, entry: Entry, job: Job, action: _Quantizing | _Pruning,
     shapes, found = inputs.load_shapes(job.model, job.trust_remote_code)
     planned = action.check(shapes, found)
     if job.dry_run:
-        estimate(out, entry, job, shapes, found, planned)
+        _estimate(out, entry, job, action, shapes, found, planned)
         return
-    subject = inputs.load_subject(job.model, out, trust_remote_code=job.trust_remote_code)
+    subject = inputs.load_subject(
+        job.model, out, trust_remote_code=job.trust_remote_code, allow_uncovered=job.allow_uncovered
+    )
     calibration, judged = _windows(subject, job)
-    request = _request(entry, job, action, subject, calibration, judged)
-    if (report := run.finished(request)) is not None:
+    request = _request(entry, action, subject, calibration, judged)
+    if (finished := run.finished(request)) is not None:
         run.remove()
-        _tell(out, job, report, planned, note=f"{job.output} is finished already")
+        out.note(f"{job.output} is finished already")
+        _tell(out, job, finished, planned)
         return
     progress = out.progress()
-    common = {
-        "structure": subject.structure, "allow_uncovered": job.allow_uncovered, "seed": job.seed, "run_dir": run.path,
-        "resume": job.resume, "progress": progress,
-    }  # fmt: skip
-    check_sites(subject, job.allow_uncovered)
     with run:
-        before = _measured(subject, judged, progress)
-        report = action.run(subject, calibration, common)
-        after = _measured(subject, judged, progress)
+        before = judge.measured(subject, judged, progress)
+        report = action.run(
+            subject, calibration,
+            {"structure": subject.structure, "allow_uncovered": job.allow_uncovered, "seed": job.seed, "run_dir": run.path,
+             "resume": job.resume, "progress": progress},
+        )  # fmt: skip
+        after = judge.measured(subject, judged, progress)
         report.settings["request"] = request
-        if before is not None and after is not None:
-            report.before, report.after = _lasting(before), _lasting(after)
-        saved = run.publish(subject.model, subject.tokenizer, report, format=job.format)
-    _tell(out, job, report, planned, saved=saved, damage=_damage(before, after, job.seed))
+        report.before, report.after = judge.lasting(before), judge.lasting(after)
+        run.publish(subject.model, subject.tokenizer, report, format=job.format)
+    _tell(out, job, report, planned, judge.damage(before, after, job.seed))
+
+
+def _estimate(
+    out: Output, entry: Entry, job: Job, action: _Quantizing | _Pruning, shapes: "nn.Module", found: "Structure", planned: Mapping[str, Any]
+) -> None:
+    """What the command would take."""
+    from whatmatters.cli.estimates import Work, tell_estimate
+
+    length = inputs.window_length(shapes, job.length)
+    judging = 0 if job.no_evaluate or (job.text is None and job.judge is None) else 2 * inputs.JUDGED_WINDOWS * length
+    work = Work(
+        tokens=judging, solving="rtn" if job.text is None else "hessian", samples=job.samples, length=length, output=job.output,
+        output_bytes=action.output_bytes(shapes, found),
+    )  # fmt: skip
+    tell_estimate(out, shapes, found, work, planned)
+
+
+def _windows(subject: inputs.Subject, job: Job) -> "tuple[Calibration | None, Calibration | None]":
+    """Windows to learn from, and others to judge on."""
+    learn = kept = None
+    if job.text is not None:
+        texts = inputs.read_texts(job.text, judge=job.judge, field=job.field)
+        learn, kept = texts.learn, texts.judge
+    elif job.judge is not None:
+        kept = inputs.read_documents(job.judge, job.field)
+    calibration = judged = None
+    if learn is not None:
+        calibration = inputs.calibration_of(subject, learn, samples=job.samples, length=job.length, seed=job.seed)
+    if kept is not None and not job.no_evaluate:
+        judged = inputs.judged_windows(subject, kept, length=job.length, limit=inputs.JUDGED_WINDOWS)
+    return calibration, judged
+
+
+def _request(
+    entry: Entry, action: _Quantizing | _Pruning, subject: inputs.Subject, calibration: "Calibration | None", judged: "Calibration | None"
+) -> dict[str, Any]:
+    """Everything that decides the output's bytes, as JSON reads it back."""
+    from whatmatters.cli.run_folder import as_read_back
+    from whatmatters.core.walk import digest_of
+
+    settings = {name: value if isinstance(value, str | int | float | None) else repr(value) for name, value in action.settings.items()}
+    whole = {
+        "method": entry.slug,
+        "settings": settings,
+        **action.request(),
+        "format": action.job.format,
+        "seed": action.job.seed,
+        "model": digest_of(subject.model),
+        "text": None if calibration is None else calibration.digest,
+        "judged": None if judged is None else judged.digest,
+    }
+    return as_read_back(whole)
+
+
+def _tell(out: Output, job: Job, report: "Report", planned: Mapping[str, Any], damage: Mapping[str, Any] | None = None) -> None:
+    """The result, for people and as JSON."""
+    from whatmatters.core.evaluate import size_on_disk
+
+    sizes = {"bytes": size_on_disk(job.output), "weight_bytes": weight_bytes(job.output)}
+    source = Path(inputs.source_of(job.model))
+    original = weight_bytes(source) if source.is_dir() else None
+    shown = f"{spoken_size(original)} -> " if original else ""
+    timed = f", {spoken_duration(report.seconds)}" if report.seconds else ""
+    out.say(f"{report.method}: {len(report.rows)} sites, {shown}{spoken_size(sizes['weight_bytes'])} of weights{timed}")
+    account = planned.get("account")
+    if account is not None and "average_stored" in account:
+        out.say(f"average bits: {account['average_codes']:.4g} in codes, {account['average_stored']:.4g} stored with scales")
+    if damage is not None:
+        out.say(judge.sentence(damage))
+    elif report.after:
+        out.say(f"perplexity {report.before['perplexity']:.6g} -> {report.after['perplexity']:.6g}")
+    elif not job.no_evaluate:
+        out.note("the damage was not measured: give --text or --judge FILE")
+    for note in report.notes[:5]:
+        out.say(f"note: {note}")
+    if len(report.notes) > 5:
+        out.say(f"note: {len(report.notes) - 5} more notes are in whatmatters.json")
+    out.say(f"written: {job.output}")
+    text = job.judge or job.text or "FILE"
+    result = {
+        "output": str(job.output), "method": report.method, "settings": report.settings, **sizes, "original_weight_bytes": original,
+        "planned": dict(planned), "before": report.before, "after": report.after, "damage": damage, "rows": report.rows,
+        "notes": report.notes, "seconds": report.seconds, "peak_bytes": report.peak_bytes,
+    }  # fmt: skip
+    out.finish(result, following=[f"whatmatters evaluate {job.output} --text {text} --against {job.model}"])
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from whatmatters.core.errors import WhatMattersError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 5.0
 """Where stderr is no terminal, progress is a plain line at most this often."""
@@ -61,6 +65,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         padded = (text.rjust(width) if right else text.ljust(width) for text, width, right in zip(row, widths, numeric, strict=True))
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
+
+
+def _finite(value: Any) -> Any:
+    """The same value with null for what JSON has no number for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class ProgressLines:
@@ -134,6 +147,12 @@ class Output:
         self._stack.callback(shown.close)
         return shown
 
+    def console(self) -> "Console | None":
+        """A rich console for what a command prints itself; None where only JSON goes out."""
+        from rich.console import Console
+
+        return None if self.json else Console(file=self._stdout)
+
     def say(self, text: str = "") -> None:
         """A part of the result, for people."""
         if not self.json:
@@ -147,6 +166,6 @@ class Output:
         """The end: the JSON document, or the commands that usually come next."""
         self._stack.close()
         if self.json:
-            print(json.dumps({**result, "next": list(following)}, indent=1, default=str), file=self._stdout)
+            print(json.dumps(_finite({**result, "next": list(following)}), indent=1, default=str, allow_nan=False), file=self._stdout)
         for command in following:
             self.say(f"next: {command}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,12 +74,12 @@ def load_shapes(name: str, trust_remote_code: bool = False) -> "tuple[nn.Module,
         return model, structure(model)
 
 
-def load_subject(name: str, out: Output, *, trust_remote_code: bool = False) -> Subject:
+def load_subject(name: str, out: Output, *, trust_remote_code: bool = False, allow_uncovered: bool = True) -> Subject:
     """The model with its weights, each checked to be finite."""
     import torch
 
+    from whatmatters.core.actions import check_sites
     from whatmatters.core.checkpoint import load
-    from whatmatters.core.errors import NonFiniteError
     from whatmatters.core.sites import structure
 
     source = source_of(name)
@@ -88,9 +89,7 @@ def load_subject(name: str, out: Output, *, trust_remote_code: bool = False) -> 
     with quiet_transformers():
         model, tokenizer = load(source, trust_remote_code=trust_remote_code, dtype=torch.float32 if half else None)
         found = structure(model)
-    for site in found.sites:
-        if not torch.isfinite(site.view(model)).all():
-            raise NonFiniteError(f"{site.name} holds NaN or infinity; repair the checkpoint first")
+    check_sites(model, found, allow_uncovered)
     return Subject(name, model, tokenizer, found)
 
 
@@ -180,14 +179,15 @@ def calibration_of(subject: Subject, documents: Sequence[str], *, samples: int, 
     return data
 
 
-def judged_windows(subject: Subject, documents: Sequence[str], *, length: int | None, limit: int = JUDGED_WINDOWS) -> "Calibration":
-    """Windows to judge on: a few of every document rather than many of a few."""
+def judged_windows(subject: Subject, documents: Sequence[str], *, length: int | None, limit: int | None) -> "Calibration":
+    """Windows to judge on: all, or a few of every document rather than many of a few."""
     from whatmatters.core.data import check_fits, windows
     from whatmatters.core.errors import DataError
 
     if not documents:
         raise DataError("the text is too short to keep a tenth of it back to judge on; give --judge FILE, or --no-evaluate")
-    each = None if len(documents) == 1 else max(1, -(-limit // len(documents)))
+    each = None if limit is None or len(documents) == 1 else math.ceil(limit / len(documents))
     cut = windows(subject.tokenizer, documents, window_length(subject.model, length), limit=limit, per_document=each)
     check_fits(subject.model, cut)
     return cut
+

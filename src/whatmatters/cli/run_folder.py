@@ -5,6 +5,7 @@ one rename, whole and with its report; then the folder is removed. So after a ki
 """
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from whatmatters.cli.console import Output
+from whatmatters.cli.inputs import quiet_transformers
 from whatmatters.core.checkpoint import Saved, check_output, save
 from whatmatters.core.errors import FileError, ResumeError
 from whatmatters.core.report import Report
@@ -89,7 +91,8 @@ class RunFolder:
         """Write the checkpoint with its report, put it in place, and remove the run folder."""
         staged = self.path / "checkpoint"
         self.path.mkdir(parents=True, exist_ok=True)
-        saved = save(model, tokenizer, staged, format=format, overwrite=True)
+        with quiet_transformers():
+            saved = save(model, tokenizer, staged, format=format, overwrite=True)
         lasting(report).save(staged / REPORT)
         self._place(staged)
         self.remove()
@@ -126,3 +129,7 @@ def _without_passing(value: Any) -> Any:
         return {key: _without_passing(item) for key, item in value.items() if key not in PASSING}
     return [_without_passing(item) for item in value] if isinstance(value, list | tuple) else value
 
+
+def as_read_back(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON-able value as it comes back from a file: lists for tuples, strings for keys."""
+    return json.loads(json.dumps(value))  # type: ignore[no-any-return]

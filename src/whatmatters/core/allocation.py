@@ -5,10 +5,15 @@ and plans over saved Scores (`masks`, `bits`, `ratios`, `sampling`). Nothing her
 and ties break by position: the earlier of two equals counts as the more important.
 """
 
+import contextlib
+import ctypes
 import heapq
 import math
+import os
+import sys
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -47,6 +52,12 @@ Number = int | float | Fraction
 
 DENSE = 16
 """From this level on a site is left as it is: 16 bits a weight and no scales."""
+
+NODES = 50_000
+"""Branches of the integer program before it gives up; a model of 80 blocks takes about 100."""
+
+TIE_NODES = 20
+"""Branches of its second stage, which only breaks ties."""
 
 GRAIN = 2**36
 """Inclusion probabilities are drawn as multiples of 1 / GRAIN, in integers, so that counts are exact."""
@@ -805,24 +816,24 @@ def _optimum(problem: _Problem, losses: list[tuple[Fraction, ...]]) -> list[int]
     one_each = LinearConstraint(program.one_each, -np.inf, 1)
     within = LinearConstraint(program.sizes[None], -np.inf, program.room)
     whole, unit_box = np.ones(len(program.columns)), Bounds(0, 1)
-    solution = milp(-program.gains, constraints=[one_each, within], integrality=whole, bounds=unit_box, options={"mip_rel_gap": 0.0})
-    chosen = _chosen(program, solution)
+    # Presolve off: choices not worth making are gone already, and undoing it costs repairs. Nodes are limited and not seconds, so
+    # that the answer never depends on the machine.
+    options = {"mip_rel_gap": 0.0, "presolve": False, "node_limit": NODES}
+    with _solver_silenced():
+        solution = milp(-program.gains, constraints=[one_each, within], integrality=whole, bounds=unit_box, options=options)
+    chosen = _chosen(program, solution) if solution.status == 0 else None
     if chosen is None or problem.cost(chosen) > problem.budget:
         raise BudgetError(
             f"the integer program was not solved exactly ({solution.message!r:.120}); sizes may be too far apart for it: "
             "use how='rank' or bits_greedy"
         )
     least = value(chosen)
-    # Second stage: no more loss and less size. Cut off after a fixed number of nodes: it only breaks ties, and stays deterministic.
+    # Second stage: no more loss and less size. It only breaks ties, so it is cut off early.
     gains = program.gains / 1e4
     no_worse = LinearConstraint(gains[None], float(gains @ _picked(program, chosen)), np.inf)
-    smaller = milp(
-        program.sizes,
-        constraints=[one_each, within, no_worse],
-        integrality=whole,
-        bounds=unit_box,
-        options={"mip_rel_gap": 0.0, "node_limit": 200},
-    )
+    options["node_limit"] = TIE_NODES
+    with _solver_silenced():
+        smaller = milp(program.sizes, constraints=[one_each, within, no_worse], integrality=whole, bounds=unit_box, options=options)
     other = _chosen(program, smaller)
     if other is not None and value(other) <= least and problem.cost(other) < problem.cost(chosen):
         chosen = other
@@ -831,6 +842,33 @@ def _optimum(problem: _Problem, losses: list[tuple[Fraction, ...]]) -> list[int]
     if float((value(chosen) - value(improved)) / max(max(row) - min(row) for row in losses)) > 1e-9:
         raise BudgetError("the integer program left a step that fits and lowers the loss; use how='rank' or bits_greedy")
     return improved
+
+
+@contextlib.contextmanager
+def _solver_silenced() -> Iterator[None]:
+    """Drop the lines that SciPy's HiGHS prints from C while it repairs a solution; whatever else is printed meanwhile comes after.
+
+    They would land in the standard output of `whatmatters --json`. SciPy has no switch for them.
+    """
+    if os.name != "posix":
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush(None)
+    with tempfile.TemporaryFile() as caught:
+        kept = os.dup(1)
+        os.dup2(caught.fileno(), 1)
+        try:
+            yield
+        finally:
+            flush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
+            caught.seek(0)
+            other = b"".join(line for line in caught if not line.startswith(b"HighsMipSolverData::"))
+            while other:
+                other = other[os.write(1, other) :]
 
 
 def _cheapest(costs: tuple[int, ...], row: tuple[Fraction, ...]) -> int:

@@ -7,6 +7,7 @@ numbers the same way everywhere.
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -58,17 +59,13 @@ MINUS, SPACE, DASH = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}", "\N{EN DASH}"
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: sharp at any zoom, searchable, in the page's own font
     "text.parse_math": False,
-    "font.size": 11.0,
-    "axes.titlesize": 11.5,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 9.0,
-    "axes.labelsize": 10.5,
-    "xtick.labelsize": 10.5,
-    "ytick.labelsize": 10.5,
-    "legend.fontsize": 10.5,
+    "font.size": 12.0,
+    "axes.labelsize": 11.5,
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 11.5,
+    "legend.fontsize": 11.5,
     "legend.frameon": False,
     "text.color": INK,
-    "axes.titlecolor": INK,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": RULE,
     "axes.facecolor": "none",
@@ -133,7 +130,7 @@ def styled() -> AbstractContextManager[None]:
 
 
 def svg(
-    paint: Callable[[Any], None], *, name: str, width: float, height: float, title: str, description: str, class_name: str = ""
+    paint: Callable[[Any], None], *, name: str, width: float | int, height: float | int, title: str, description: str, class_name: str = ""
 ) -> Markup:
     """A figure as an `<svg>` element to be put into a page.
 
@@ -159,16 +156,14 @@ def svg(
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*", name):
         raise InputError(f"figure name {name!r:.40}; expected letters, digits and hyphens")
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
-    with styled():
+    with styled(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the page's fonts are used, not matplotlib's
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         paint(figure)
-        for text in figure.findobj(Text):
-            text.set_text(printable(text.get_text()))  # characters that XML cannot hold
         file = io.StringIO()
         figure.savefig(file, format="svg")
-    drawn = ElementTree.fromstring(file.getvalue())
+    drawn = ElementTree.fromstring(printable(file.getvalue()))
     root = ElementTree.Element(
         "svg",
         {

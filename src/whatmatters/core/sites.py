@@ -265,10 +265,16 @@ def _ties(model: nn.Module, sites: list[Site], example: Tensor | None) -> tuple[
 
         owners = {modules[parameter.rpartition(".")[0]] for parameter in by_parameter}
         handles = [modules[name].register_forward_pre_hook(note(name, block)) for name, block in whole.items()]
+        config: Any = getattr(model, "config", None)
+        padding = getattr(config, "pad_token_id", None)
         try:
+            if padding is not None:
+                config.pad_token_id = None  # a warning about padding would read the ids, which meta tensors do not have
             with torch.no_grad(), replaced_forward(owners, lambda hidden, *args, **kwargs: hidden):
                 model(example, use_cache=True) if is_transformers else model(example)
         finally:
+            if padding is not None:
+                config.pad_token_id = padding
             for handle in handles:
                 handle.remove()
     groups = [tuple(dict.fromkeys(group)) for group in [*by_input.values(), *by_parameter.values()]]

@@ -1,7 +1,7 @@
 """llm-compressor: a recipe in which its own GPTQ gives every site the bits of the plan, targets by exact name.
 
-Executed where llm-compressor 0.14 is installed in an environment of its own: the recipe is parsed, every target matches its module, and a
-one-shot run writes a checkpoint of those widths. Its pack-quantized format takes 1 to 8 bits; below 2 there is nothing to plan.
+Executed where llm-compressor 0.14 is installed in an environment of its own (an optional test): the recipe is parsed, every target matches
+its module, and the checkpoint of a one-shot run at 2 to 8 bits reloads in transformers. Its pack-quantized format takes 1 bit too.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ TOOL = Tool(
     levels=WIDTHS,
     group_sizes=None,
     ties="parameter",
-    proof="executed with llm-compressor 0.14: recipe parsed, targets matched, one-shot run (optional test)",
+    proof="executed with llm-compressor 0.14 (optional test): targets matched, one-shot run reloaded in transformers",
     usage='oneshot(model=MODEL, dataset=DATA, recipe="{file}", output_dir=DIR)',
     text=lambda plan: yaml.safe_dump(recipe(plan), sort_keys=False),
     problems=compressible,

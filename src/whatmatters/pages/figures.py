@@ -8,11 +8,11 @@ from markupsafe import Markup
 
 from whatmatters.core.render import ACCENT, INK, MUTED, PAPER, RULE, SOFT, change, fixed, megabytes, svg
 from whatmatters.pages.naming import Naming
-from whatmatters.pages.results import Arm, Audit, Curve, Scorer
+from whatmatters.pages.results import Arm, Audit, Curve
 
 __all__ = ["agreement", "correlations", "curves", "frontier", "heat"]
 
-WIDE, HALF, NARROW = 1040.0, 540.0, 344.0
+WIDE, FRONTIER, HALF, NARROW = 1040.0, 800.0, 520.0, 344.0
 LINE = 22.0  # height of a row of text
 LARGEST_HEAT = 64  # columns; beyond that blocks stand for their sites
 
@@ -44,8 +44,8 @@ def correlations(audit: Audit) -> Markup:
                 axes.plot([scorer.low, scorer.high], [place, place], color=colour, linewidth=2.2, alpha=0.55, solid_capstyle="round")
             axes.plot([scorer.correlation], [place], marker="o", markersize=6.5, color=colour, markeredgecolor=PAPER, markeredgewidth=1)
             axes.annotate(
-                fixed(scorer.correlation), (1.0, place), xycoords=("axes fraction", "data"), xytext=(30, 0),
-                textcoords="offset points", va="center", ha="right", fontsize=10.5, color=colour if scorer.name == audit.best else MUTED,
+                fixed(scorer.correlation), (1.0, place), xycoords=("axes fraction", "data"), xytext=(34, 0),
+                textcoords="offset points", va="center", ha="right", fontsize=11.5, color=colour if scorer.name == audit.best else MUTED,
             )  # fmt: skip
         low = min([-0.25, *(s.low if s.low is not None else s.correlation for s in ordered)])
         axes.set_xlim(max(-1.02, low - 0.05), 1.03)
@@ -63,7 +63,7 @@ def correlations(audit: Audit) -> Markup:
         axes.set_xlabel("rank correlation with measured damage" if width > NARROW else "correlation with measured damage")
 
     told = "; ".join(f"{s.name} {fixed(s.correlation)} ({fixed(s.low)} to {fixed(s.high)})" for s in ordered)
-    tall = 58 + LINE * len(ordered)
+    tall = 62 + LINE * len(ordered)
     return _both(
         paint, name="correlations", wide=HALF, height=max(tall, 270), narrow_height=tall, title="Which score tells the truth",
         description=f"Rank correlation of each score with the damage measured on this model, with its interval: {told}.",
@@ -83,13 +83,8 @@ def curves(audit: Audit) -> Markup:
 
     def paint(figure: Any, width: float) -> None:
         axes = figure.add_subplot()
-        seen: set[str] = set()
-        labels: list[tuple[float, str, str]] = []
         for curve in audit.curves:
             axes.plot(curve.share, curve.damage, **_LINES[curve.order])
-            if curve.order not in seen or curve.order != "random":
-                labels.append((*_label_point(curve), curve.name))  # type: ignore[arg-type]
-            seen.add(curve.order)
         axes.set_xlim(0, 1.02)
         axes.set_ylim(bottom=min(0.0, *(min(c.damage) for c in audit.curves)))
         axes.grid(axis="y")
@@ -99,18 +94,14 @@ def curves(audit: Audit) -> Markup:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
         axes.set_xlabel("share of the weights damaged, least important first" if width > NARROW else "share damaged, least important first")
         axes.set_ylabel("added nats a token")
-        axes.legend(handles=_handles(audit.curves), loc="upper left", handlelength=2.1, labelspacing=0.35, borderaxespad=0.2)
+        figure.legend(handles=_handles(audit.curves), loc="outside upper left", ncols=2, handlelength=2.1, labelspacing=0.3, columnspacing=1.6)
 
     told = "; ".join(f"{c.name}: {fixed(_at(c, 0.5), 3)} at half" for c in audit.curves)
     return _both(
-        paint, name="curves", wide=HALF, height=max(58 + LINE * len(audit.scorers), 270), narrow_height=250,
+        paint, name="curves", wide=HALF, height=max(62 + LINE * len(audit.scorers), 270), narrow_height=280,
         title="Damage when the least important goes first",
         description=f"Loss added as a growing share of the weights is damaged, in several orders: {told}. Lower is better.",
     )  # fmt: skip
-
-
-def _label_point(curve: Curve) -> tuple[float, str]:
-    return curve.damage[-1], curve.order
 
 
 def _at(curve: Curve, share: float) -> float:
@@ -188,7 +179,8 @@ def heat(audit: Audit, naming: Naming) -> Markup:
         axes.set_xticks([(edges[n] + edges[n + 1]) / 2 for n in shown], [groups[n][0] for n in shown])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        axes.set_xlabel("block" if whole or len(groups) == columns else "block, and in it the parts in the order they run")
+        told = "block, parts in their order" if width <= NARROW else "block, and in it the parts in the order they run"
+        axes.set_xlabel("block" if whole or len(groups) == columns else told)
 
     tall = 40 + LINE * (len(rows) + 0.5)
     return _both(
@@ -209,7 +201,7 @@ def agreement(audit: Audit, correlate: Callable[[Sequence[float], Sequence[float
         from matplotlib.patches import Rectangle
 
         axes = figure.add_subplot()
-        small = 8.6 if width <= NARROW else 10.5
+        narrow = width <= NARROW
         for down in range(len(rows)):
             for across in range(down + 1):
                 value = values[down][across]
@@ -222,10 +214,11 @@ def agreement(audit: Audit, correlate: Callable[[Sequence[float], Sequence[float
                     )
                 )  # fmt: skip
                 if down != across:
-                    axes.text(across + 0.5, down + 0.52, fixed(value), ha="center", va="center", fontsize=small, color=INK)
+                    told = fixed(value).replace("0.", ".", 1) if narrow else fixed(value)
+                    axes.text(across + 0.5, down + 0.52, told, ha="center", va="center", fontsize=10 if narrow else 11.5, color=INK)
         axes.set_xlim(0, len(rows))
         axes.set_ylim(len(rows), 0)
-        axes.set_yticks([n + 0.5 for n in range(len(rows))], [f"{name}  {n}" if n else f"{name}  0" for n, (name, _) in enumerate(rows)])
+        axes.set_yticks([n + 0.5 for n in range(len(rows))], [f"{name}\N{EN SPACE}{n}" for n, (name, _) in enumerate(rows)])
         axes.set_xticks([n + 0.5 for n in range(len(rows))], [str(n) for n in range(len(rows))])
         for label in axes.get_yticklabels():
             label.set_color(INK)
@@ -268,10 +261,7 @@ def frontier(arms: Sequence[Arm], best: str | None) -> Markup:
         lowest = min(dense.perplexity, *(dense.perplexity * (1 + (arm.low if arm.low is not None else arm.change) / 100) for arm in shown))
         above = (highest - lowest) or 1.0
         axes.set_ylim(lowest - 0.08 * above, highest + 0.12 * above)
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(length=3)
         axes.set_xlabel("size on disk, MB")
         axes.set_ylabel("perplexity")
         _label(axes, [(f"dense, {megabytes(dense.bytes)}", axes.get_xlim()[0], dense.perplexity, MUTED, False)] + [
@@ -281,7 +271,7 @@ def frontier(arms: Sequence[Arm], best: str | None) -> Markup:
 
     told = "; ".join(f"{arm.label} {megabytes(arm.bytes)}, perplexity {fixed(arm.perplexity)} ({change(arm.change)})" for arm in shown)
     return _both(
-        paint, name="frontier", wide=WIDE, height=max(360, 60 + 20 * len(shown)), narrow_height=max(340, 80 + 19 * len(shown)),
+        paint, name="frontier", wide=FRONTIER, height=max(330, 60 + 21 * len(shown)), narrow_height=max(340, 80 + 19 * len(shown)),
         title="Size against perplexity",
         description=f"The original has {megabytes(dense.bytes)} and perplexity {fixed(dense.perplexity)}. {told}. Lower left is better.",
     )  # fmt: skip
@@ -304,15 +294,10 @@ def _label(axes: Any, points: Sequence[tuple[str, float, float, str, bool]], wid
     for (name, x, y, colour, line), place in zip(ordered, places, strict=True):
         if line:
             axes.annotate(
-                "", (x, y), xytext=(right, place), arrowprops={"arrowstyle": "-", "color": RULE, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 5},
+                "", (x, y), xytext=(right, place), arrowprops={"arrowstyle": "-", "color": RULE, "linewidth": 0.9, "linestyle": (0, (2, 2)), "shrinkA": 0, "shrinkB": 5},
                 annotation_clip=False, zorder=1,
             )  # fmt: skip
         axes.annotate(
-            name, (right, place), xytext=(5, 0), textcoords="offset points", va="center", ha="left", fontsize=10.5 if width > NARROW else 9.6,
+            name, (right, place), xytext=(5, 0), textcoords="offset points", va="center", ha="left", fontsize=11.5 if width > NARROW else 10.5,
             color=colour, fontweight="bold" if colour == ACCENT else "normal", annotation_clip=False,
         )  # fmt: skip
-
-
-def scorer_order(audit: Audit) -> list[Scorer]:
-    """Scorers, the most truthful first."""
-    return sorted(audit.scorers, key=lambda scorer: -scorer.correlation)

@@ -203,8 +203,11 @@ def prune_together(
 ) -> list[tuple[Float[Tensor, "_ d"], Bool[Tensor, "_ d"]]]:
     """New weights and masks of sites that share their inputs: one factorization, one pass over the columns for all their rows."""
     sizes = [len(weight) for weight in weights]
+    dead = hessian.diagonal() == 0
 
     def choose_all(cost: Tensor, start: int) -> Tensor:
+        # what reads an input that is always zero goes before all else, the smallest first: its cost is the damping's alone
+        cost = torch.where(dead[start : start + cost.shape[1]], -1 / cost, cost)
         return torch.cat([choose(site, part, start) for site, part in zip(sites, cost.split(sizes), strict=True)])
 
     new, keep = prune_with_feedback(torch.cat(list(weights)), feedback_factor(hessian, damping), choose_all, group)

@@ -3,8 +3,8 @@
 Frantar, Alistarh 2023, arXiv 2301.00774. unit weight · score w^2 / [H^-1]_jj as seen when its turn comes (the inverse of the Hessian of
 the columns still to come) · masks within blocks of 128 columns, or n:m · action zero, with error feedback to later columns. As in the
 official code the Hessians of a block are taken from inputs that went through the pruned blocks before it. Two departures: the number
-that goes is exact (the official code prunes one weight more in each block of columns), and an input that is always zero counts by the
-damping alone instead of having all its weights set to zero beyond the budget.
+that goes is exact (the official code prunes one weight more in each block of columns), and the weights of an input that is always zero
+go first but within the budget, where the official code sets all of them to zero beyond it.
 """
 
 from pathlib import Path

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from whatmatters.core.capture import settings_of
 from whatmatters.core.catalog import door
 from whatmatters.core.data import call_model
-from whatmatters.core.errors import InputError, ModelError
+from whatmatters.core.errors import InputError, ModelError, NonFiniteError
 from whatmatters.core.progress import Progress
 from whatmatters.core.report import Report, measured
 from whatmatters.core.seeds import derived, generator
@@ -38,10 +38,8 @@ from whatmatters.quantize._common import check_sites
 
 __all__ = ["hadamard", "random_orthogonal", "rotate"]
 
-Mode = Literal["hadamard", "random", "online"]
-"""Kinds of rotation; "online" is "hadamard" with those added that a model must compute as it runs."""
-
 MODES = ("hadamard", "random", "online")
+"""Kinds of rotation; "online" is "hadamard" with those added that a model must compute as it runs."""
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit: norms compute in float32 even in a float64 model."""
@@ -49,7 +47,7 @@ TOKENS = 4
 """Tokens of the forward pass that is watched."""
 VOCABULARY = 256
 """Logits that are compared: the head need not be held twice."""
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Weights rotated at a time."""
 
 
@@ -119,7 +117,7 @@ class Rotation:
         return self.rows(torch.eye(len(self.signs), dtype=torch.float64))
 
 
-def rotation(n: int, mode: Mode, seed: int) -> Rotation:
+def rotation(n: int, mode: str, seed: int) -> Rotation:
     """The rotation of size n; a random one where no Hadamard matrix of that size is at hand."""
     factors = None if mode == "random" else _hadamard_factors(n)
     if factors is None:
@@ -444,7 +442,7 @@ class Rotator:
         ModelError: the model has no residual stream that can be rotated.
     """
 
-    def __init__(self, model: nn.Module, found: Structure, mode: Mode, seed: int) -> None:
+    def __init__(self, model: nn.Module, found: Structure, mode: str, seed: int) -> None:
         if mode not in MODES:
             raise InputError(f"rotate={mode!r:.40}; expected one of {', '.join(map(repr, MODES))}, or None")
         self.model = model
@@ -517,24 +515,28 @@ class Rotator:
         ]
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """New values of embedding, head and final norm; the head is read after the embedding was written, when they are no longer tied."""
+        """New values of embedding, head and final norm, then the hooks of what is computed as the model runs.
+
+        The head is read after the embedding was written, when they are no longer tied.
+        """
         embedding = self.model.get_parameter(self.layout.embedding).detach()
         yield self.layout.embedding, _rotated(embedding, self.stream, None)
-        gain = next(self.model.get_submodule(self.layout.norm).parameters()).detach()
+        norm = self.model.get_submodule(self.layout.norm)
+        name, gain = next(norm.named_parameters())
         head = self.model.get_parameter(f"{self.layout.head}.weight").detach()
-        yield f"{self.layout.head}.weight", _rotated(head, self.stream, gain)
-        yield f"{self.layout.norm}.{next(iter(dict(self.model.get_submodule(self.layout.norm).named_parameters())))}", torch.ones_like(gain)
-
-    def finish(self) -> None:
-        """After the commit: what the model computes as it runs, and the mark by which saving refuses it."""
+        yield f"{self.layout.head}.weight", _rotated(head, self.stream, gain.detach())
+        yield f"{self.layout.norm}.{name}", torch.ones_like(gain.detach())
         if self.mode == "online":
-            for name in self.layout.blocks:
-                self.prepare(name, self.model.get_submodule(name))
+            for block in self.layout.blocks:
+                self.prepare(block, self.model.get_submodule(block))
             self.model.whatmatters_online = True  # type: ignore[assignment]
 
     def _check_model(self) -> None:
         """Raises unless logits of the rotated model are those of the original: both in float64, one copy of one block at a time."""
-        before, after = self._logits(False), self._logits(True)
+        before = self._logits(False)
+        if not torch.isfinite(before).all():
+            raise NonFiniteError(f"{type(self.model).__name__} gives logits that are NaN or infinite; repair the checkpoint")
+        after = self._logits(True)
         difference = float((after - before).abs().max() / before.abs().max().clamp(min=1e-300))
         if not difference <= TOLERANCE:
             raise ModelError(
@@ -640,7 +642,7 @@ def _rotated(weight: Float[Tensor, "rows d"], rotation: Rotation, gain: Float[Te
 def rotate(
     model: nn.Module,
     *,
-    mode: Mode = "hadamard",
+    mode: str = "hadamard",
     seed: int = 0,
     structure: Structure | None = None,
     run_dir: str | Path | None = None,
@@ -693,7 +695,6 @@ def rotate(
             model, None, visit, structure=found, settings={"method": "rotate", **report.settings}, label="rotate", outside=rotator.outside,
             run_dir=run_dir, resume=resume, progress=progress,
         )  # fmt: skip
-        rotator.finish()
     report.rows = result.rows
     report.notes = rotator.notes
     return report

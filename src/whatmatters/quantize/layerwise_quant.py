@@ -7,6 +7,7 @@ more levels is `core.allocation.bits`. Layers are ranked once, on the model as i
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from whatmatters.core.formats import DENSE_BITS, WIDTHS, dequantize
 from whatmatters.core.grids import GridSettings, fit_grid
 from whatmatters.core.progress import Progress
 from whatmatters.core.report import Report, measured
-from whatmatters.core.scores import Scores
+from whatmatters.core.scores import Scores, level_list
 from whatmatters.core.sites import Structure
 from whatmatters.core.sites import structure as find_structure
 from whatmatters.quantize._common import check_groups, check_sites
@@ -38,7 +39,7 @@ def layerwise_quant(
     model: nn.Module,
     calibration: Calibration | None = None,
     *,
-    average_bits: float | int,
+    average_bits: int | float | Fraction,
     levels: Sequence[int] = (4, 2),
     layer_scores: str | Scores | Callable[..., Scores] = "layer-shift",
     how: Literal["rank", "optimum"] = "rank",
@@ -159,7 +160,7 @@ def layer_importance(
 
 
 def _check_levels(levels: Iterable[int]) -> None:
-    for level in levels:
+    for level in level_list(levels):
         if level not in WIDTHS and not level >= DENSE_BITS:
             raise InputError(f"level {level}: quantizers take {', '.join(map(str, WIDTHS))} bits, or 16 to leave a site as it is")
 

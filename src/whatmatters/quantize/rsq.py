@@ -14,7 +14,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float64
@@ -32,7 +32,7 @@ from whatmatters.core.sites import Structure
 from whatmatters.core.sites import structure as find_structure
 from whatmatters.core.walk import Block
 from whatmatters.quantize._common import Rounding, check_groups, check_sites, quantize_blocks, site_bits
-from whatmatters.quantize._rotation import Mode, Rotator
+from whatmatters.quantize._rotation import Rotator
 from whatmatters.score.tokens import (
     TokenContext,
     TokenScorer,
@@ -60,10 +60,10 @@ def rsq(
     r_min: float = 0.005,
     r_max: float = 1.0,
     power: int | float = 1,
-    position_norm: Literal["linear", "sqrt"] | None = None,
+    position_norm: str | None = None,
     importance_settings: Mapping[str, Any] | None = None,
     expand_factor: int = 1,
-    rotate: Mode | None = "hadamard",
+    rotate: str | None = "hadamard",
     symmetric: bool = True,
     clip_search: bool = True,
     act_order: bool = False,
@@ -157,7 +157,6 @@ def rsq(
         allow_uncovered=allow_uncovered, run_dir=run_dir, resume=resume, progress=progress, **whole,
     )  # fmt: skip
     if rotator is not None:
-        rotator.finish()
         report.notes += rotator.notes
     if isinstance(token_scores, Scores):
         report.notes.append("departure: token scores were given, not taken from the inputs that the rounded blocks give")

@@ -12,6 +12,7 @@ from whatmatters.core.capture import site_inputs
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import InputError, ModelError, NonFiniteError
 from whatmatters.core.scores import Scores
+from whatmatters.core.seeds import Seed
 from whatmatters.core.sites import Site, Structure, structure
 from whatmatters.core.walk import Batch, Block
 from whatmatters.kernels.gram import accumulate_gram, mirror
@@ -150,6 +151,11 @@ def tokens_of(block: Block) -> int:
 def data_settings(calibration: Calibration) -> dict[str, Any]:
     """What scores record about the data they were made on."""
     return {"data": calibration.digest, "samples": len(calibration)}
+
+
+def base_seed(seed: Seed) -> int:
+    """A whole number to derive other seeds from: the seed itself, or one drawn from the given generator."""
+    return seed if isinstance(seed, int) else int(torch.randint(2**62, (), generator=seed, device=seed.device))
 
 
 def check_by(by: str) -> None:

@@ -197,6 +197,24 @@ def damaged(model: nn.Module, sites: Iterable[Site], change: Callable[[Site, Ten
             weight.copy_(original)
 
 
+@contextmanager
+def skipped(model: nn.Module, name: str) -> Iterator[None]:
+    """Leave a block out: its input is its output, in the form that its output has."""
+    block = model.get_submodule(name)
+    forward = block.forward
+
+    def identity(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        output = forward(*args, **kwargs)
+        first = output if isinstance(output, Tensor) else output[0]
+        if first.shape != hidden.shape:
+            raise ModelError(f"{name} turns {tuple(hidden.shape)} into {tuple(first.shape)}; it cannot be skipped: use damage='quantize'")
+        return hidden if isinstance(output, Tensor) else (hidden,)
+
+    with replaced_forward([block], identity):
+        yield
+
+
 @dataclass(frozen=True)
 class Rounding:
     """How sites are rounded to the nearest, for measuring what it costs.
@@ -248,5 +266,5 @@ def groups_of(found: Structure, by: str) -> dict[str, tuple[Site, ...]]:
     """What is damaged together: a block's sites, or a tied group of sites, by the name of the block or of the group's first site."""
     if by == "block":
         return {block: sites for block in found.blocks if (sites := found.in_block(block))}
-    sites = {site.name: site for site in found.sites}
-    return {group[0]: tuple(sites[name] for name in group) for group in found.groups()}
+    by_name = {site.name: site for site in found.sites}
+    return {group[0]: tuple(by_name[name] for name in group) for group in found.groups()}

@@ -4,8 +4,6 @@ Leave one out. unit layer · score measured increase of the loss · any allocati
 block on is run again, so it costs about half a forward pass over the text for each unit.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,13 +14,13 @@ from torch import Tensor, nn
 
 from whatmatters.core.catalog import door, scorer
 from whatmatters.core.data import Calibration
-from whatmatters.core.errors import InputError, ModelError
+from whatmatters.core.errors import InputError
 from whatmatters.core.evaluate import judging
 from whatmatters.core.progress import Progress
 from whatmatters.core.scores import Scores
-from whatmatters.core.sites import Structure, replaced_forward
+from whatmatters.core.sites import Structure
 from whatmatters.score._common import check_by, data_settings, finite_weight, structure_of
-from whatmatters.score._losses import Documents, FromBlock, Rounding, damaged, groups_of
+from whatmatters.score._losses import Documents, FromBlock, Rounding, damaged, groups_of, skipped
 
 __all__ = ["Ablation", "ablate", "ablation"]
 
@@ -136,7 +134,7 @@ def ablate(
             if index:
                 rest.advance()
             for name, sites in ((name, sites) for name, sites in groups.items() if sites[0].block == block):
-                with _skipped(model, block) if damage == "skip" else damaged(model, sites, lambda s, w: rounding.round(s, w, bits)):
+                with skipped(model, block) if damage == "skip" else damaged(model, sites, lambda s, w: rounding.round(s, w, bits)):
                     nats[name] = rest.all_nats()
                 if progress is not None:
                     progress("ablation", len(nats), len(groups))
@@ -160,24 +158,6 @@ def ablate(
         documents.counts,
         documents.unit,
     )
-
-
-@contextmanager
-def _skipped(model: nn.Module, name: str) -> Iterator[None]:
-    """Leave a block out: its input is its output, in the form that its output has."""
-    block = model.get_submodule(name)
-    forward = block.forward
-
-    def identity(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        output = forward(*args, **kwargs)
-        first = output if isinstance(output, Tensor) else output[0]
-        if first.shape != hidden.shape:
-            raise ModelError(f"{name} turns {tuple(hidden.shape)} into {tuple(first.shape)}; it cannot be skipped: use damage='quantize'")
-        return hidden if isinstance(output, Tensor) else (hidden,)
-
-    with replaced_forward([block], identity):
-        yield
 
 
 @scorer("ablation", unit="layer", when="ahead", needs_text=True)

@@ -3,7 +3,7 @@
 Sung, Yoon, Bansal 2024, "ECoFLaP: Efficient Coarse-to-Fine Layer-Wise Pruning for Vision-Language Models", arXiv 2310.02998; the
 perturbation that is regenerated from its seed is that of Malladi et al. 2023 (MeZO), arXiv 2305.17333. unit layer · score root mean square
 gradient · any allocation · any action. For z drawn from a standard normal, (loss(w + eps z) - loss(w - eps z)) / (2 eps) has mean square
-|g|^2: no graph, no activations kept, so it runs where a backward pass does not fit. Each micro-batch draws a z of its own.
+|g|^2: no graph, no activations kept, so it runs where a backward pass does not fit. Each sample draws a z of its own.
 """
 
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from whatmatters.core.progress import Progress
 from whatmatters.core.scores import Scores
 from whatmatters.core.seeds import Seed, derived
 from whatmatters.core.sites import Site, Structure
-from whatmatters.score._common import check_by, data_settings, finite_weight, structure_of
+from whatmatters.score._common import base_seed, check_by, data_settings, finite_weight, structure_of
 from whatmatters.score._losses import FromBlock, damaged, groups_of
 
 __all__ = ["zeroth_order"]
@@ -33,7 +33,7 @@ def zeroth_order(
     by: Literal["block", "site"] = "block",
     eps: float = 1e-3,
     draws: int = 1,
-    samples: int | None = 16,
+    samples: int | None = 8,
     structure: Structure | None = None,
     seed: Seed = 0,
     progress: Progress | None = None,
@@ -45,15 +45,15 @@ def zeroth_order(
         calibration: token windows; padding does not count.
         by: one score for each "block", or for each "site" (tied sites are perturbed together and share theirs).
         eps: size of the step in each weight, above 0.
-        draws: perturbations for each micro-batch, at least 1; the estimate's relative spread is about 1 / sqrt(2 * draws * micro-batches).
+        draws: perturbations for each sample, at least 1; the estimate's relative spread is about 1 / sqrt(2 * draws * samples).
         samples: use only this many of the calibration windows, from the first on; None for all.
         structure: what `core.sites.structure` found, if at hand.
         seed: decides the perturbations; independent of the order of the blocks.
         progress: told after each block or site.
 
     Returns:
-        Scores of unit "layer": gradient norm of a micro-batch's mean loss over the root of the number of weights, so that units of
-        different size compare.
+        Scores of unit "layer": root mean square over samples and weights of the gradient of a sample's mean loss a token. Being a mean
+        over weights, it compares units of different size.
 
     Raises:
         InputError: eps, draws or samples out of range.
@@ -82,8 +82,8 @@ def zeroth_order(
     if draws < 1 or (samples is not None and samples < 1):
         raise InputError(f"draws is {draws} and samples {samples}; expected at least 1 of each")
     found = structure_of(model, structure)
-    text = _first(calibration, samples)
-    base = seed if isinstance(seed, int) else int(torch.randint(2**62, (), generator=seed, device=seed.device))
+    text = _singly(calibration, samples)
+    base = base_seed(seed)
     groups = groups_of(found, by)
     values: dict[str, Tensor] = {}
     done = 0
@@ -112,7 +112,7 @@ def zeroth_order(
 
 
 def slope(model: nn.Module, rest: FromBlock, sites: tuple[Site, ...], number: int, eps: float, seed: int) -> float:
-    """(loss(w + eps z) - loss(w - eps z)) / (2 eps) of one micro-batch, for the z that `seed` draws: an estimate of g . z."""
+    """(loss(w + eps z) - loss(w - eps z)) / (2 eps) of one sample, for the z that `seed` draws: an estimate of g . z."""
     losses = []
     for sign in (1.0, -1.0):
         draw = torch.Generator().manual_seed(seed)
@@ -127,8 +127,7 @@ def slope(model: nn.Module, rest: FromBlock, sites: tuple[Site, ...], number: in
     return (losses[0] - losses[1]) / (2 * eps)
 
 
-def _first(calibration: Calibration, samples: int | None) -> Calibration:
-    if samples is None or samples >= len(calibration):
-        return calibration
+def _singly(calibration: Calibration, samples: int | None) -> Calibration:
+    """The first samples, in micro-batches of one."""
     valid = None if calibration.valid is None else calibration.valid[:samples]
-    return Calibration(calibration.inputs[:samples], valid, calibration.document[:samples], calibration.batch, calibration.source)
+    return Calibration(calibration.inputs[:samples], valid, calibration.document[:samples], 1, calibration.source)

@@ -1,0 +1,75 @@
+"""Peak memory of GPTQ above the loaded model, against its formula, for 12 and 24 blocks with the block inputs on disk.
+
+    python benchmarks/memory.py
+
+The bound: 2 blocks + inputs and outputs of one block (nothing when they are on disk) + 4 * max(inputs of a site)^2 * 8 bytes of the
+float64 statistics + activations of one micro-batch + 64 MB.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+HIDDEN, INTERMEDIATE, SAMPLES, LENGTH, BATCH = 768, 2048, 32, 256, 4
+
+
+def measure(blocks: int, spilled: bool) -> dict[str, float]:
+    """Peak resident memory above the loaded model, in a process of its own."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from whatmatters.core.data import Calibration
+    from whatmatters.core.sites import structure
+    from whatmatters.quantize import _common
+    from whatmatters.quantize.gptq import gptq
+
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=blocks, num_attention_heads=12, num_key_value_heads=4,
+        vocab_size=1024,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 1024, (SAMPLES, LENGTH))
+    calibration = Calibration.from_tensors(ids, batch=BATCH)
+    with torch.no_grad():
+        model(ids[:1, :8])  # what the first call of each kernel allocates is not the walk's
+    walk = _common.walk
+
+    def spilling(*args: object, **options: object) -> object:
+        return walk(*args, **{**options, "spill_bytes": 0 if spilled else 1 << 40})
+
+    _common.walk = spilling
+    report = gptq(model, calibration, bits=4, group_size=128)
+    block = sum(p.numel() for p in model.get_submodule(structure(model).blocks[0]).parameters()) * 4
+    held = 0 if spilled else 2 * SAMPLES * LENGTH * HIDDEN * 4
+    tokens = BATCH * LENGTH
+    activations = tokens * (6 * HIDDEN + 4 * INTERMEDIATE) * 4 + BATCH * 12 * LENGTH * LENGTH * 4
+    bound = 2 * block + held + 4 * INTERMEDIATE**2 * 8 + activations + (64 << 20)
+    return {"blocks": blocks, "spilled": spilled, "peak": report.peak_bytes, "bound": bound, "block": block}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=HERE / "results-memory.json")
+    parser.add_argument("--blocks", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--spilled", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.blocks:
+        print(json.dumps(measure(options.blocks, bool(options.spilled))))
+        return
+    rows = []
+    for blocks, spilled in ((12, False), (12, True), (24, True)):
+        command = [sys.executable, __file__, "--blocks", str(blocks), "--spilled", str(int(spilled))]
+        rows.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
+        row = rows[-1]
+        print(f"{blocks} blocks, inputs {'on disk' if spilled else 'in memory'}: {row['peak'] / 2**20:.0f} MB of {row['bound'] / 2**20:.0f} MB allowed")
+    growth = rows[2]["peak"] / rows[1]["peak"] - 1
+    print(f"24 blocks take {100 * growth:+.1f} % against 12")
+    options.output.write_text(json.dumps({"rows": rows, "growth": growth}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
