@@ -120,9 +120,16 @@ def test_tied_embeddings_count_once(tmp_path: Path) -> None:
 
 
 def test_sizes_are_those_of_saved_checkpoints(tmp_path: Path) -> None:
-    result = scan(build("llama"), levels=(3, 4, 16), group_size=GROUP)
-    for bits in (3, 4):
+    def made() -> nn.Module:
         model = build("llama")
+        with torch.no_grad():  # ones are stored in 16 bits without loss, these are not
+            for parameter in model.parameters():
+                parameter.add_(1e-4 if parameter.dim() == 1 else 0)
+        return model
+
+    result = scan(made(), levels=(3, 4, 16), group_size=GROUP)
+    for bits in (3, 4):
+        model = made()
         rtn(model, bits=bits, group_size=GROUP)
         save(model, None, tmp_path / str(bits))
         with safe_open(tmp_path / str(bits) / "model.safetensors", framework="pt") as file:
@@ -137,9 +144,10 @@ def test_the_range_is_the_allocators() -> None:
     names = [site.name for site in result.structure.sites]
     scores = Scores("layer", {name: torch.tensor(float(i)) for i, name in enumerate(names)}, "mine", {}, structure=result.structure)
     assert set(allocation.bits(scores, low + 1e-9, (2, 3, 4), group_size=GROUP).values.values()) == {2}
-    assert set(allocation.bits(scores, high, (2, 3, 4), group_size=GROUP).values.values()) == {4}
-    with pytest.raises(BudgetError):
-        allocation.bits(scores, low - 0.001, (2, 3, 4), group_size=GROUP)
+    assert allocation.bits(scores, high - 1e-9, (2, 3, 4), group_size=GROUP).account["achieved"] > high - 0.5
+    for outside in (low - 1e-9, high + 1e-9):
+        with pytest.raises(BudgetError):
+            allocation.bits(scores, outside, (2, 3, 4), group_size=GROUP)
 
 
 def test_experts_that_shapes_cannot_tell_apart_are_said(tmp_path: Path) -> None:
@@ -184,8 +192,8 @@ def test_needs_are_the_bounds_of_the_walk() -> None:
 def test_a_token_goes_through_few_experts() -> None:
     def seconds(active: int) -> float:
         config = MixtralConfig(
-            hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, num_local_experts=8,
-            num_experts_per_tok=active, vocab_size=100,
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            num_local_experts=8, num_experts_per_tok=active, vocab_size=100,
         )  # fmt: skip
         model = load_meta(config)
         return needs(model, structure(model), samples=4096, length=4096).seconds["hessian"]
@@ -252,7 +260,8 @@ SITE = "model.layers.1.mlp.up_proj.weight"
         (lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"), FormatError, "pickle"),
         (lambda path: (path / "model.safetensors").unlink(), FileError, "no weights"),
         (lambda path: (path / "config.json").unlink(), FileError, "config.json"),
-        (lambda path: (path / "config.json").write_text('{"model_type": "bert"}'), ModelError, "not a causal language model"),
+        (lambda path: (path / "config.json").write_text('{"model_type": "t5"}'), ModelError, "not a causal language model"),
+        (lambda path: (path / "config.json").write_text('{"model_type": "opt"}'), FormatError, "not in the files, first model.decoder"),
     ],
 )
 def test_bad_checkpoints(damage: Callable[[Path], object], error: type[Exception], message: str, tmp_path: Path) -> None:

@@ -252,6 +252,33 @@ def test_activations_and_weights_that_are_not_finite_are_named() -> None:
         run(model, lambda block: {}, data("sequential"))
 
 
+def test_blocks_that_write_into_their_input_spoil_nothing() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x += self.a(x)
+            return x
+
+    model = nn.Sequential(Residual(), Residual())
+    calibration = data("sequential")
+    before = calibration.inputs.clone()
+    expected = [model[0](x.clone()).detach() for x, _ in calibration.batches()]
+    run(model, lambda block: compared(block, expected), calibration, commit=False)
+    assert torch.equal(calibration.inputs, before)
+
+
+def compared(block: Block, expected: list[Tensor]) -> dict[str, Any]:
+    for _ in range(2):
+        for batch in block.batches():
+            block.run(batch)
+            if block.index == 1:
+                assert torch.allclose(batch.hidden, expected[batch.index])
+    return {}
+
+
 def test_measuring_walks_write_nothing(tmp_path: Path) -> None:
     model = build("llama")
     before = weights(model)

@@ -62,7 +62,7 @@ def test_experts_go_to_rows_and_unseen_ones_count_nothing() -> None:
     found = structure(build("mixtral"))
     seen = Statistic(torch.full((32,), 6.0, dtype=torch.float64), 1.5, ["model.layers.1.mlp.experts.gate_up_proj[2]"])
     matrix = imatrix_of([seen], found)
-    assert set(matrix.sums) == {"blk.1.ffn_gate_exps.weight", "blk.1.ffn_up_exps.weight"}
+    assert set(matrix.sums) == {f"blk.1.ffn_{part}_exps.weight" for part in ("gate", "up", "gate_up")}
     assert matrix.counts["blk.1.ffn_up_exps.weight"].tolist() == [0, 0, 2, 0]  # a whole number, the mean unchanged
     means = matrix.means()["blk.1.ffn_up_exps.weight"]
     assert means[2].tolist() == [4.0] * 32

@@ -83,10 +83,10 @@ def test_llama_cpp_gives_every_tensor_the_type_of_its_site(tmp_path: Path) -> No
     assert got == expected | dict.fromkeys(others)
 
 
-def test_llama_cpp_puts_fused_experts_in_both_tensors(tmp_path: Path) -> None:
+def test_llama_cpp_puts_fused_experts_in_all_their_tensors(tmp_path: Path) -> None:
     model = found("mixtral")
     plan = plan_of(model, lambda name: 8)  # blocks of 32 go into the tiny shapes
-    got = types_of(written("llama.cpp", plan, tmp_path), [f"blk.1.ffn_{part}_exps.weight" for part in ("gate", "up", "down")])
+    got = types_of(written("llama.cpp", plan, tmp_path), [f"blk.1.ffn_{part}_exps.weight" for part in ("gate", "up", "gate_up", "down")])
     assert set(got.values()) == {"Q8_0"}
     uneven = plan_of(model, lambda name: 16 if name.endswith("gate_up_proj[2]") else 8)
     with pytest.raises(FormatError, match=r"gate_up_proj\[0\].*different bits \[8, 16\]"):

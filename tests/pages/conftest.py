@@ -35,7 +35,7 @@ ARMS = (
     ("mixed-optimum", "mixed 3.5, optimum", "method", 3.5, 16.62, 4.45),
     ("mixed-random", "mixed 3.5, random order", "control", 3.5, 17.35, 4.45),
 )
-CODE = 'def parse(line, *, strict=False):\n    """Split a header into its name and value."""\n    if not line:\n        raise ValueError("empty line")\n' * 4
+CODE = 'def parse(line, *, strict=False):\n    """Split a header."""\n    if not line:\n        raise ValueError("empty line")\n' * 4
 
 
 def make() -> Results:
@@ -60,8 +60,8 @@ def make() -> Results:
         *(Curve("at random", "random", share, tuple(0.9 * s ** draw.uniform(0.9, 1.6) for s in share)) for _ in range(4)),
     ]
     audit = Audit(
-        "Each part was rounded to 2 bits alone, and the added loss measured on text of its own.", units, damage, tuple(scorers), tuple(curves),
-        "quantization-error", "Trust quantization-error here: rank correlation 0.93 (0.83 to 0.99) with the measured damage over 24 parts.",
+        "Each part was rounded to 2 bits alone, and the loss measured.", units, damage, tuple(scorers), tuple(curves),
+        0.96, "quantization-error", "Trust quantization-error: its order agrees with the damage.",
     )  # fmt: skip
     mixed = {site.name: 2 if "up" in site.name and site.block > 1 else 8 if "v_proj" in site.name else 4 for site in sites}
     arms = []
@@ -85,17 +85,17 @@ def make() -> Results:
         audit=audit,
         arms=tuple(arms),
         best="mixed-optimum",
-        reason="Chosen on the validation half that calibration did not see, among arms within 15 % of the smallest; judged on the test files.",
+        reason="Chosen on files that calibration did not see.",
         unit="document",
         confidence=0.95,
         prompt="def parse_header(line):\n",
-        continuations=(Continuation("dense", text), Continuation("rtn-3", text[:50] + "line\n\n\n" * 5), Continuation("mixed-optimum", text[:95])),
-        tokens=Tokens("attention-concentration", 3, "textwrap.py of the test files", tuple(Token(t, draw.random() ** 4) for t in _pieces(CODE))),
+        continuations=(Continuation("dense", text), Continuation("rtn-3", text[:50] + "line\n"), Continuation("mixed-optimum", text[:95])),
+        tokens=Tokens("attention-concentration", 3, "textwrap.py", tuple(Token(t, draw.random() ** 4) for t in _pieces(CODE))),
         reload=Reload("mixed-optimum", "model", 2.3e-6, 1e-4, 4),
         stages=(Stage("load", 1.2), Stage("audit", 40.0), Stage("arms", 70.5)),
         settings={"seed": 0, "group_size": 128, "levels": [2, 3, 4, 8], "audit": {"bits": 2}},
         versions={"python": "3.11.7", "torch": "2.13.0"},
-        commands=(Command("Your own model", "whatmatters audit MODEL --text my.jsonl"), Command("Spend", "whatmatters quantize MODEL --average-bits 3.5 \\\n    --text my.jsonl -o out")),
+        commands=(Command("Your own model", "whatmatters audit MODEL --text my.jsonl"), Command("Two lines", "one \\\n    two")),
         notes=("Embeddings, norms and the head stay as they are.",),
     )  # fmt: skip
 

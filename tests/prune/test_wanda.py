@@ -1,5 +1,6 @@
 """Wanda: the naive formula on inputs seen with plain hooks, block by block, and the cases where it is magnitude."""
 
+import copy
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -76,6 +77,35 @@ def test_padding_does_not_count() -> None:
     for model, tokens in zip(models, (ids, other), strict=True):
         wanda(model, Calibration.from_tensors(tokens, valid))
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+class InPlace(nn.Module):
+    """A residual block that writes into its activations: both layers are given the same tensor, with other values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x += 3 * self.first(x).square()
+        return self.second(x)
+
+
+def test_activations_that_are_written_into_are_told_apart() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = nn.Sequential(InPlace(), InPlace()), torch.randn(32, 8)
+    assert structure(model, x[:2]).ties == ()
+    expected, data = copy.deepcopy(model), Calibration.from_tensors(x)
+    for block in expected:
+        given = x.clone()
+        after = given + 3 * block.first(given).detach().square()
+        block.first.weight.data.copy_(naive(block.first.weight.detach(), given, 0.5, "row"))
+        block.second.weight.data.copy_(naive(block.second.weight.detach(), after, 0.5, "row"))
+        x = block(x).detach()
+    wanda(model, data, sparsity=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
 def test_an_expert_that_no_token_reaches_is_pruned_by_magnitude(case: Case) -> None:

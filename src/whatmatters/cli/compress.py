@@ -84,7 +84,6 @@ class Job:
 
 
 def quantize(
-    ctx: typer.Context,
     model: options.Model,
     output: options.Checkpoint,
     method: Method = None,
@@ -125,13 +124,12 @@ def quantize(
     job = Job(model, output, text, judge, field, samples, length, seed, format, allow_uncovered, no_evaluate, trust_remote_code, dry_run, resume, overwrite)  # fmt: skip
     with Output(json) as out:
         entry = chosen_method("quantize", method, text)
-        action = _Quantizing(entry, job, bits, average_bits, widths, layer_scores, how, count, given_settings(ctx))
+        action = _Quantizing(entry, job, bits, average_bits, widths, layer_scores, how, count, given_settings())
         action.prepare(chosen, plan, group_size, asymmetric)
-        perform(out, entry, job, action, ctx.obj["arguments"])
+        perform(out, entry, job, action)
 
 
 def prune(
-    ctx: typer.Context,
     model: options.Model,
     output: options.Checkpoint,
     method: Method = None,
@@ -153,7 +151,7 @@ def prune(
     json: options.Json = False,
 ) -> None:
     """Prune a model: give --sparsity, a --plan, or an n:m pattern (--scope 2:4, --pattern 2:4). Settings of the method are options too."""
-    settings = given_settings(ctx)
+    settings = given_settings()
     if pattern_in(settings) is None or sparsity is not None or plan is not None:
         options.exactly_one(sparsity=sparsity, plan=plan)
     job = Job(model, output, text, judge, field, samples, length, seed, format, allow_uncovered, no_evaluate, trust_remote_code, dry_run, resume, overwrite)  # fmt: skip
@@ -161,7 +159,7 @@ def prune(
         entry = chosen_method("prune", method, text, plan)
         action = _Pruning(entry, job, sparsity, settings)
         action.prepare(plan)
-        perform(out, entry, job, action, ctx.obj["arguments"])
+        perform(out, entry, job, action)
 
 
 class _Quantizing:
@@ -371,7 +369,7 @@ def histogram(levels: Mapping[str, int]) -> dict[str, int]:
     return counts
 
 
-def perform(out: Output, entry: Entry, job: Job, action: _Quantizing | _Pruning, arguments: list[str]) -> None:
+def perform(out: Output, entry: Entry, job: Job, action: _Quantizing | _Pruning) -> None:
     """All that both commands do: refuse, load, judge, act, judge again, save, tell."""
     from whatmatters.cli.run_folder import RunFolder
 
@@ -382,7 +380,7 @@ def perform(out: Output, entry: Entry, job: Job, action: _Quantizing | _Pruning,
         from whatmatters.core.errors import FormatError
 
         raise FormatError("a rotation that the model computes as it runs has no place in a checkpoint; choose one that folds into the weights")
-    run = RunFolder(job.output, resume=job.resume, overwrite=job.overwrite).remember(out, arguments)
+    run = RunFolder(out, job.output, resume=job.resume, overwrite=job.overwrite)
     inputs.check_text(job.text, job.field)
     inputs.check_text(job.judge, job.field)
     shapes, found = inputs.load_shapes(job.model, job.trust_remote_code)

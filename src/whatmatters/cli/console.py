@@ -6,13 +6,17 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any
 
 from whatmatters.core.errors import WhatMattersError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+LINE: ContextVar[tuple[str, ...]] = ContextVar("line", default=())
+"""The arguments of the command that runs, to say how it is continued."""
 
 SECONDS_BETWEEN_LINES = 5.0
 """Where stderr is no terminal, progress is a plain line at most this often."""
@@ -23,7 +27,7 @@ def error_text(error: WhatMattersError) -> str:
     return str(error).partition("\n  in ")[0]
 
 
-def spoken_duration(seconds: float) -> str:
+def spoken_duration(seconds: float | int) -> str:
     """Seconds as people say them.
 
     Example:
@@ -35,7 +39,7 @@ def spoken_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def spoken_size(size: float) -> str:
+def spoken_size(size: float | int) -> str:
     """Bytes as people say them.
 
     Example:
@@ -79,7 +83,7 @@ def _finite(value: Any) -> Any:
 class ProgressLines:
     """Progress as plain lines: for files and pipes."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
         self.began: dict[str, float] = {}
         self.last = 0.0
@@ -101,7 +105,7 @@ class ProgressLines:
 class ProgressBars:
     """Progress as bars with the time left: for terminals."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: IO[str]) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

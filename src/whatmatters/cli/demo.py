@@ -25,6 +25,7 @@ from whatmatters.core.checkpoint import atomic_folder, check_output, save
 from whatmatters.core.data import Calibration, calibration, logits, windows
 from whatmatters.core.errors import ModelError
 from whatmatters.core.evaluate import Measurement, compare, evaluate, generate, judging
+from whatmatters.core.formats import DENSE_BITS
 from whatmatters.core.plans import Plan
 from whatmatters.core.progress import Progress, track
 from whatmatters.core.render import change, fixed, megabytes, percent, spread
@@ -32,12 +33,12 @@ from whatmatters.core.report import Report, versions
 from whatmatters.core.seeds import derived
 from whatmatters.core.sites import Structure, structure
 from whatmatters.pages import report
-from whatmatters.pages.build import arm_part, average_bits, model_part, text_part
+from whatmatters.pages.build import arm_part, audit_part, average_bits, model_part, text_part
 from whatmatters.pages.results import Arm, Command, Continuation, Reload, Results, Stage, Token, Tokens
 from whatmatters.quantize.gptq import gptq
 from whatmatters.quantize.rsq import rsq
 from whatmatters.quantize.rtn import rtn
-from whatmatters.score.quantization_error import quantization_error
+from whatmatters.score.audit import Audit, audit
 from whatmatters.score.tokens import score_tokens
 
 __all__ = ["run_demo", "summary_table"]
@@ -49,7 +50,9 @@ GROUP_SIZE = 128
 TOLERANCE = 1e-4
 COMPARABLE = 1.15  # the best arm is looked for among those at most this many times as large as the smallest
 PROMPT = 'def read_header(stream, *, strict=False):\n    """Read the header of a stream and return it as a dictionary."""\n'
-SCORERS = ("quantization-error", "activation", "gradient", "hessian-diagonal", "layer-shift", "weight-outliers", "magnitude", "random")
+
+
+QUICK_SCORERS = ("activation", "gradient", "layer-shift", "magnitude", "quantization-error", "random", "weight-outliers")
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,22 @@ class Sizes:
 
     length: int
     calibration: int
-    auditing: int
+    choosing: int
     judging: int
     per_document: int
     new_tokens: int
     reloaded: int
+    steps: int
+    orders: int
+    scorers: tuple[str, ...] | None
 
 
-FULL = Sizes(length=256, calibration=64, auditing=32, judging=80, per_document=3, new_tokens=64, reloaded=4)
-QUICK = Sizes(length=64, calibration=8, auditing=4, judging=8, per_document=1, new_tokens=8, reloaded=2)
+FULL = Sizes(
+    length=256, calibration=64, choosing=40, judging=80, per_document=3, new_tokens=56, reloaded=4, steps=4, orders=4, scorers=None
+)
+QUICK = Sizes(
+    length=64, calibration=8, choosing=4, judging=8, per_document=1, new_tokens=8, reloaded=2, steps=2, orders=1, scorers=QUICK_SCORERS
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +123,8 @@ def run_demo(
     """Audit, quantize, measure, save and report, on the embedded model and the standard library's held-out files.
 
     Args:
-        output: folder to make: `results.json`, `report.html`, `model/` (the best arm as a checkpoint), `plan.json` if it has one. It appears
-            as a whole when everything is done.
+        output: folder to make: `results.json`, `report.html`, `model/` (the best arm as a checkpoint) and `plan.json` if it has a plan. It
+            appears as a whole when everything is done.
         seed: decides calibration windows, random order, rotation and bootstrap.
         progress: told of every stage.
         quick: seconds instead of minutes; too little text for its numbers to mean much.
@@ -138,11 +148,14 @@ def run_demo(
             texts, parts = _texts(tokenizer, sizes, seed)
         _say(console, f"{embedded.interpreter()}, test files {embedded.split_digest('test')[:16]}, {texts.judging.tokens:,} tokens judged")
         with clock.stage("audit of the scores"):
-            audited, scores = _audit(model, texts, found, seed, progress)
+            audited = audit(
+                model, texts.calibrating, texts.choosing, scorers=sizes.scorers, group_size=GROUP_SIZE, steps=sizes.steps, orders=sizes.orders,
+                seed=derived(seed, "audit"), structure=found, progress=progress,
+            )  # fmt: skip
         with clock.stage("plans"):
-            plans = _plans(model, texts.calibrating, found, audited, scores, seed)
+            plans = _plans(audited, found)
         with clock.stage("arms"):
-            made = _arms(model, tokenizer, texts, found, plans, seed, progress)
+            made = _arms(model, tokenizer, texts, found, _recipes(texts.calibrating, found, plans, seed), seed, progress)
         best = choose(made)
         with clock.stage("continuations and tokens"):
             shown = [made[0], next(m for m in made if m.part.id == "rtn"), best]
@@ -161,7 +174,7 @@ def run_demo(
             model=model_part("pylib-lm", model, found),
             texts=parts,
             interpreter=embedded.interpreter(),
-            audit=audited,
+            audit=audit_part(audited),
             arms=tuple(m.part for m in made),
             best=best.part.id,
             reason=_reason(made, best),
@@ -173,8 +186,8 @@ def run_demo(
             reload=reload,
             stages=tuple(clock.stages),
             settings={
-                "seed": seed, "quick": quick, "threads": torch.get_num_threads(), "bits": BITS, "average_bits": AVERAGE, "levels": list(LEVELS),
-                "group_size": GROUP_SIZE, "symmetric": True, "window": sizes.length,
+                "seed": seed, "quick": quick, "threads": torch.get_num_threads(), "bits": BITS, "average_bits": AVERAGE,
+                "levels": list(LEVELS), "group_size": GROUP_SIZE, "symmetric": True, "tokens_in_a_window": sizes.length,
             },
             versions=versions(),
             commands=_commands(output),
@@ -211,7 +224,7 @@ def _texts(tokenizer: Any, sizes: Sizes, seed: int) -> tuple[Texts, tuple[Any, .
     validation, test = embedded.documents("validation"), embedded.documents("test")
     found = Texts(
         calibration(tokenizer, validation[::2], samples=sizes.calibration, length=sizes.length, seed=derived(seed, "calibration")),
-        windows(tokenizer, validation[1::2], sizes.length, limit=sizes.auditing, per_document=sizes.per_document),
+        windows(tokenizer, validation[1::2], sizes.length, limit=sizes.choosing, per_document=2 if sizes is FULL else 1),
         windows(tokenizer, test, sizes.length, limit=sizes.judging, per_document=sizes.per_document),
     )
     library = f"standard library of {embedded.interpreter()}"
@@ -223,45 +236,75 @@ def _texts(tokenizer: Any, sizes: Sizes, seed: int) -> tuple[Texts, tuple[Any, .
     )
 
 
+def _plans(audited: Audit, found: Structure) -> dict[str, Plan]:
+    """Bits by the best score's order, by the optimum of the loss table, and at random."""
+    best = audited.best or next(row.scorer for row in audited.rows if not row.control)
+    settings: dict[str, Any] = {"average": AVERAGE, "levels": LEVELS, "structure": found, "group_size": GROUP_SIZE}
+    return {
+        "mixed-scores": allocation.bits(audited.scores[best], **settings),
+        "mixed-optimum": allocation.bits(audited.scores["quantization-error"], how="optimum", **settings),
+        "mixed-random": allocation.bits(audited.scores["random"], **settings),
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """An arm to be made: `make` quantizes a copy of the model in place."""
+
+    id: str
+    label: str
+    role: str
+    bits: int | Plan
+    make: Callable[[nn.Module], Report]
+
+    def levels(self, found: Structure) -> dict[str, int]:
+        """Bits of every site."""
+        return {s.name: int(self.bits.values[s.name]) if isinstance(self.bits, Plan) else self.bits for s in found.sites}
+
+
+def _recipes(text: Calibration, found: Structure, plans: Mapping[str, Plan], seed: int) -> list[Recipe]:
+    shared: dict[str, Any] = {"group_size": GROUP_SIZE, "structure": found}
+    rotation = derived(seed, "rotation")
+    uniform: list[tuple[str, str, str, Callable[[nn.Module], Report]]] = [
+        ("rtn", "RTN", "baseline", lambda m: rtn(m, bits=BITS, **shared)),
+        ("gptq", "GPTQ", "baseline", lambda m: gptq(m, text, bits=BITS, **shared)),
+        ("rsq", "RSQ", "method", lambda m: rsq(m, text, bits=BITS, seed=rotation, **shared)),
+        ("rsq-unrotated", "RSQ without rotation", "method", lambda m: rsq(m, text, bits=BITS, rotate=None, **shared)),
+    ]
+    mixed = (
+        ("mixed-scores", f"by {plans['mixed-scores'].method}", "method"),
+        ("mixed-optimum", "optimum", "method"),
+        ("mixed-random", "random order", "control"),
+    )
+
+    def spend(plan: Plan) -> Callable[[nn.Module], Report]:
+        return lambda m: gptq(m, text, bits=plan, **shared)
+
+    return [
+        *(Recipe(id, f"{label}, {BITS} bits", role, BITS, make) for id, label, role, make in uniform),
+        *(Recipe(id, f"mixed {AVERAGE} bits, {label}", role, plans[id], spend(plans[id])) for id, label, role in mixed),
+    ]
+
+
 def _arms(
-    model: nn.Module, tokenizer: Any, texts: Texts, found: Structure, plans: Mapping[str, Plan], seed: int, progress: Progress | None
+    model: nn.Module, tokenizer: Any, texts: Texts, found: Structure, recipes: list[Recipe], seed: int, progress: Progress | None
 ) -> list[Made]:
     """The dense model first, then every arm made from a copy of it."""
-    shared = {"group_size": GROUP_SIZE, "structure": found}
-    steps: list[tuple[str, str, str, Callable[[nn.Module], Report], int | Plan]] = [
-        ("rtn", f"RTN, {BITS} bits", "baseline", lambda m: rtn(m, bits=BITS, **shared), BITS),
-        ("gptq", f"GPTQ, {BITS} bits", "baseline", lambda m: gptq(m, texts.calibrating, bits=BITS, **shared), BITS),
-        ("rsq", f"RSQ, {BITS} bits", "method", lambda m: rsq(m, texts.calibrating, bits=BITS, seed=derived(seed, "rsq"), **shared), BITS),
-        ("rsq-unrotated", f"RSQ without rotation, {BITS} bits", "method",
-         lambda m: rsq(m, texts.calibrating, bits=BITS, rotate=None, **shared), BITS),
-    ]  # fmt: skip
-    for id, plan in plans.items():
-        role = "control" if id == "mixed-random" else "method"
-        steps.append((id, MIXED[id].format(scores=plan.method), role, lambda m, plan=plan: gptq(m, texts.calibrating, bits=plan, **shared), plan))
-    dense = _measure(model, texts, None)
-    dense_size = _size(model, tokenizer)
-    part = arm_part("dense", "dense", "dense", levels={}, bits=16.0, measured=dense[1], difference=None, bytes=dense_size, seconds=0.0, peak_bytes=0)
-    made = [Made(part, model, dense[0].loss, None)]
-    for id, label, role, make, bits in track(steps, "arms", len(steps), progress):
+    chosen, dense = _measure(model, texts, None)
+    part = arm_part("dense", "dense", "dense", levels={}, bits=float(DENSE_BITS), measured=dense, bytes=_size(model, tokenizer))
+    made = [Made(part, model, chosen.loss, None)]
+    for recipe in track(recipes, "arms", len(recipes), progress):
         arm = copy.deepcopy(model)
-        done = make(arm)
+        done = recipe.make(arm)
         chosen, judged = _measure(arm, texts, model)
-        levels = {site.name: int(bits.values[site.name]) if isinstance(bits, Plan) else bits for site in found.sites}
-        untied = id == "rsq"
+        levels = recipe.levels(found)
         part = arm_part(
-            id, label, role, levels=levels, bits=average_bits(levels, found, group_size=GROUP_SIZE), measured=judged,
-            difference=compare(dense[1], judged, seed=derived(seed, "bootstrap")), bytes=_size(arm, tokenizer), seconds=done.seconds,
-            peak_bytes=done.peak_bytes, note=_untied(model, arm) if untied else "",
+            recipe.id, recipe.label, recipe.role, levels=levels, bits=average_bits(levels, found, group_size=GROUP_SIZE), measured=judged,
+            difference=compare(dense, judged, seed=derived(seed, "bootstrap")), bytes=_size(arm, tokenizer), seconds=done.seconds,
+            peak_bytes=done.peak_bytes, note=_untied(model, arm),
         )  # fmt: skip
         made.append(Made(part, arm, chosen.loss, done))
     return made
-
-
-MIXED = {
-    "mixed-scores": f"mixed {AVERAGE} bits by {{scores}}",
-    "mixed-optimum": f"mixed {AVERAGE} bits, optimum",
-    "mixed-random": f"mixed {AVERAGE} bits, random order",
-}
 
 
 def _measure(model: nn.Module, texts: Texts, original: nn.Module | None) -> tuple[Measurement, Measurement]:
@@ -277,12 +320,10 @@ def _size(model: nn.Module, tokenizer: Any) -> int:
 
 def _untied(before: nn.Module, after: nn.Module) -> str:
     """What rotation costs on disk where embeddings and head were one tensor."""
-    def numbers(model: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in model.parameters())
-
-    if numbers(after) == numbers(before):
+    numbers = [sum(parameter.numel() for parameter in model.parameters()) for model in (before, after)]
+    if numbers[0] == numbers[1]:
         return ""
-    return "rotated: embeddings and head are no longer one tensor, and no longer fit 16 bits exactly"
+    return "rotated: embeddings and head are two tensors now, and no longer fit 16 bits exactly"
 
 
 def choose(made: list[Made]) -> Made:
@@ -290,22 +331,24 @@ def choose(made: list[Made]) -> Made:
 
     Sizes compare within `COMPARABLE`: otherwise the largest would win by being large.
     """
+    return min(_comparable(made)[0], key=lambda m: m.chosen)
+
+
+def _comparable(made: list[Made]) -> tuple[list[Made], list[Made]]:
+    """Compressed arms, controls left out: those of comparable size, and the larger ones."""
     candidates = [m for m in made if m.part.role in ("baseline", "method")]
     limit = COMPARABLE * min(m.part.bytes for m in candidates)
-    return min((m for m in candidates if m.part.bytes <= limit), key=lambda m: m.chosen)
+    return [m for m in candidates if m.part.bytes <= limit], [m for m in candidates if m.part.bytes > limit]
 
 
 def _reason(made: list[Made], best: Made) -> str:
-    candidates = [m for m in made if m.part.role in ("baseline", "method")]
-    limit = COMPARABLE * min(m.part.bytes for m in candidates)
     told = (
         f"“{best.part.label}” had the lowest perplexity on the validation files that calibration did not see, among arms at most "
-        f"{percent(COMPARABLE - 1, 0)} larger than the smallest. Everything shown here was measured on the test files, which decided nothing."
+        f"{percent(COMPARABLE - 1, 0)} larger than the smallest. The numbers here are from the test files, which decided nothing."
     )
-    larger = [m for m in candidates if m.part.bytes > limit]
-    for m in larger:
+    for m in _comparable(made)[1]:
         better = m.chosen < best.chosen
-        told += f" “{m.part.label}” is {megabytes(m.part.bytes)}, so it did not compete{', though its perplexity is lower' if better else ''}."
+        told += f" “{m.part.label}” did not compete: it takes {megabytes(m.part.bytes)}{', for a lower perplexity' if better else ''}."
     return told
 
 
@@ -337,7 +380,10 @@ def _reload(best: Made, folder: Path, text: Calibration, count: int) -> Reload:
         here, there = (_judged(logits(each, inputs, valid), valid) for each in (best.model, loaded))
     difference = float((here - there).abs().max() / here.abs().max())
     if not difference <= TOLERANCE:
-        raise ModelError(f"the checkpoint of {best.part.label} reloads with logits that differ by {difference:.1e} of the largest; expected {TOLERANCE}")
+        raise ModelError(
+            f"the checkpoint of {best.part.label} reloads with logits that differ by {difference:.1e} of the largest; expected at most "
+            f"{TOLERANCE:.0e}: please report this with the versions of torch, transformers and compressed-tensors"
+        )
     return Reload(best.part.id, folder.name, difference, TOLERANCE, count)
 
 
@@ -370,7 +416,7 @@ def _commands(output: Path) -> tuple[Command, ...]:
 def _notes(made: list[Made]) -> tuple[str, ...]:
     told = [f"{m.part.label}: {note}" for m in made if m.report is not None for note in m.report.notes]
     return (
-        "Bits are spent on the linear layers inside the blocks; embeddings, norms and the head stay in 16 bits and are counted in every size.",
+        "Bits are spent on the linear layers inside the blocks. Embeddings, norms and the head stay as they are; every size counts them.",
         "The mixed plans are carried out by GPTQ, with the same calibration windows, so that only the plan differs.",
         *told,
     )

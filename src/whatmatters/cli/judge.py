@@ -1,6 +1,5 @@
 """`evaluate` and `report`: how good a model is, how far it is from its original, and a run as a page."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,7 +44,7 @@ def damage(before: "Measurement | None", after: "Measurement | None", seed: int)
         "perplexity_before": before.perplexity,
         "perplexity_after": after.perplexity,
         "change_percent": difference.perplexity_change,
-        "interval_percent": list(difference.perplexity_interval),
+        "interval_percent": list(difference.perplexity_interval) if difference.units > 1 else None,
         "confidence": difference.confidence,
         "significant": difference.significant,
         "units": difference.units,
@@ -55,12 +54,12 @@ def damage(before: "Measurement | None", after: "Measurement | None", seed: int)
 
 def sentence(damage: Mapping[str, Any]) -> str:
     """The damage in one sentence."""
-    low, high = damage["interval_percent"]
-    interval = f"{low:+.2f} to {high:+.2f} %" if math.isfinite(low) else "no interval: one unit tells nothing about others"
-    return (
-        f"perplexity {damage['perplexity_before']:.6g} -> {damage['perplexity_after']:.6g}, {damage['change_percent']:+.2f} % "
-        f"({interval}, {damage['confidence']:.0%} over {damage['units']} {damage['unit']}s)"
-    )
+    interval = "no interval: one unit tells nothing about others"
+    if damage["interval_percent"] is not None:
+        low, high = damage["interval_percent"]
+        interval = f"{low:+.2f} to {high:+.2f} %, {damage['confidence']:.0%} interval over {damage['units']} {damage['unit']}s"
+    change = f"{damage['change_percent']:+.2f} %"
+    return f"perplexity {damage['perplexity_before']:.6g} -> {damage['perplexity_after']:.6g}: {change} ({interval})"
 
 
 def evaluate(
@@ -112,14 +111,14 @@ def evaluate(
             result = {"model": model, "against": against, **measurement.summary(), "original": first.summary()}
             result["damage"] = damage(first, measurement, seed)
             if measurement.divergence is not None:
-                kl = paired_bootstrap(measurement.divergence, measurement.counts.astype(float), seed=seed)
-                result["kl_interval"] = list(kl[1:])
+                _, *interval = paired_bootstrap(measurement.divergence, measurement.counts.astype(float), seed=seed)
+                result["kl_interval"] = interval if len(measurement.counts) > 1 else None
         out.say(f"perplexity {measurement.perplexity:.6g}, {measurement.loss:.4g} nats a token, first choice right {measurement.accuracy:.1%}")
         out.say(f"judged: {measurement.tokens} tokens of {len(measurement.counts)} {measurement.unit}s")
         if against is not None:
             out.say(f"{against}: {sentence(result['damage'])}")
-            low, high = result["kl_interval"]
-            out.say(f"KL from the original {measurement.kl:.4g} nats a token ({low:.4g} to {high:.4g}), same first choice {measurement.agreement:.1%}")
+            interval = "" if result["kl_interval"] is None else " ({:.4g} to {:.4g})".format(*result["kl_interval"])
+            out.say(f"KL from the original {measurement.kl:.4g} nats a token{interval}, same first choice {measurement.agreement:.1%}")
         following = [] if against is not None else [f"whatmatters audit {model} --text {text}"]
         out.finish(result, following=following)
 

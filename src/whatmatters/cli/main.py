@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from whatmatters.cli import catalog, compress, judge, look, options, plans
-from whatmatters.cli.console import Output, error_text
+from whatmatters.cli.console import LINE, Output, error_text
 from whatmatters.core.errors import WhatMattersError
 
 __all__ = ["app", "main"]
@@ -24,9 +24,8 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Remember the line, so that a stopped run can say how it is continued; `--debug` may stand anywhere on it."""
-        ctx.ensure_object(dict)
         rest = [argument for argument in args if argument != "--debug"]
-        ctx.obj["arguments"] = rest
+        LINE.set(tuple(rest))
         return super().parse_args(ctx, ["--debug", *rest] if len(rest) < len(args) else rest)
 
     def invoke(self, ctx: Any) -> Any:

@@ -29,7 +29,6 @@ class ScoreCommand(SettingsCommand):
 
 
 def score(
-    ctx: typer.Context,
     model: options.Model,
     scorer: Annotated[str, typer.Option("--scorer", help="A scorer of `whatmatters methods --job score`; its settings are options too.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File for the scores (safetensors).")],
@@ -65,7 +64,7 @@ def score(
             learn = inputs.read_texts(text, field=field).learn
             calibration = inputs.calibration_of(subject, learn, samples=samples, length=length, seed=seed)
         offered = accepted(entry, structure=subject.structure, seed=seed, progress=out.progress())
-        scores: Scores = entry.function(subject.model, calibration, **{**offered, **given_settings(ctx)})
+        scores: Scores = entry.function(subject.model, calibration, **{**offered, **given_settings()})
         scores.save(output, overwrite=overwrite)
         layers = scores if scores.unit == "layer" else scores.reduce("mean", to="layer") if scores.unit in ("weight", "channel") else None
         order = [] if layers is None else layers.order()

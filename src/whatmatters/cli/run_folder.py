@@ -7,12 +7,13 @@ one rename, whole and with its report; then the folder is removed. So after a ki
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from whatmatters.cli.console import Output
+from whatmatters.cli.console import LINE, Output
 from whatmatters.cli.inputs import quiet_transformers
 from whatmatters.core.checkpoint import Saved, check_output, save
 from whatmatters.core.errors import FileError, ResumeError
@@ -29,6 +30,7 @@ class RunFolder:
     """The run folder of one output. Used in a `with` around all that writes.
 
     Args:
+        out: where a stopped run says how it is continued.
         output: the folder to be made.
         resume: continue what is there.
         overwrite: replace the output, and start over where there is an unfinished run.
@@ -37,14 +39,14 @@ class RunFolder:
         FileError: the output exists or cannot be written, or there is an unfinished run and neither `resume` nor `overwrite`.
     """
 
-    def __init__(self, output: Path, *, resume: bool, overwrite: bool) -> None:
+    def __init__(self, out: Output, output: Path, *, resume: bool, overwrite: bool) -> None:
+        self.out = out
         self.output = check_output(output, overwrite or (resume and (output / REPORT).is_file()))
         self.path = output.with_name(output.name + ".run")
         self.resume, self.overwrite = resume, overwrite
         if self.path.exists() and not (resume or overwrite):
             raise FileError(f"{self.path} holds an unfinished run: continue it with --resume, or start over with --overwrite")
         self.began = self.path.exists()
-        self.command = ""
 
     def finished(self, request: dict[str, Any]) -> Report | None:
         """The report of a checkpoint that an earlier run of the very same request put in place; None if there is none.
@@ -64,14 +66,6 @@ class RunFolder:
         changed = [key for key in keys if not isinstance(before, dict) or before.get(key) != request.get(key)]
         raise ResumeError(f"{self.output} is finished and was made with other inputs ({', '.join(changed)}); give another output")
 
-    def remember(self, out: Output, arguments: list[str]) -> "RunFolder":
-        """What to print if the run is stopped."""
-        import shlex
-
-        kept = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
-        self.command, self.out = f"whatmatters {shlex.join(kept)} --resume", out
-        return self
-
     def __enter__(self) -> "RunFolder":
         if self.path.exists() and not self.resume:
             shutil.rmtree(self.path)
@@ -83,7 +77,8 @@ class RunFolder:
             return
         blocks = len(list(self.path.glob("block-*.safetensors")))
         if blocks and not isinstance(error, ResumeError):
-            self.out.note(f"{blocks} finished blocks are kept in {self.path}; continue with: {self.command}")
+            command = shlex.join(argument for argument in LINE.get() if argument != "--resume")
+            self.out.note(f"{blocks} finished blocks are kept in {self.path}; continue with: whatmatters {command} --resume")
         elif not blocks and not self.began:
             shutil.rmtree(self.path, ignore_errors=True)
 

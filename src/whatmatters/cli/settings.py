@@ -8,9 +8,9 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
-import typer
 from typer.core import TyperCommand
 
 from whatmatters.core.catalog import Entry
@@ -19,6 +19,9 @@ PLUMBING = frozenset({"structure", "allow_uncovered", "run_dir", "resume", "prog
 """Keyword arguments that the command line fills in itself."""
 
 ALIASES = {"asymmetric": "no-symmetric"}
+
+
+_given: ContextVar[dict[str, Any]] = ContextVar("given_settings")
 
 
 def settings_of(entry: Entry) -> dict[str, inspect.Parameter]:
@@ -38,7 +41,7 @@ def option_name(parameter: inspect.Parameter) -> str:
     dashed = parameter.name.replace("_", "-")
     if _is_bool(parameter.annotation):
         return f"--{'no-' if parameter.default is True else ''}{dashed}"
-    return f"--{dashed} {'|'.join(_spelled(kind) for kind in _members(parameter.annotation))}"
+    return f"--{dashed} {'|'.join(_spelled(kind) for kind in _members(parameter.annotation)) or '(Python only)'}"
 
 
 def parsed(entry: Entry, given: Sequence[tuple[str, str | None]]) -> dict[str, Any]:
@@ -71,10 +74,12 @@ def _named(entry: Entry, known: dict[str, inspect.Parameter], option: str) -> tu
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of an annotation that can be typed on a command line, plain text last."""
+    """The alternatives of an annotation that can be typed on a command line: none first, plain text last."""
     alternatives = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
     readable = [a for a in alternatives if _reader(a) is not None]
-    return tuple(sorted(readable, key=lambda kind: kind is str))
+    if readable == [types.NoneType] and len(alternatives) > 1:
+        return ()
+    return tuple(sorted(readable, key=lambda kind: (kind is not types.NoneType, kind is str)))
 
 
 def _is_bool(annotation: Any) -> bool:
@@ -82,7 +87,7 @@ def _is_bool(annotation: Any) -> bool:
 
 
 def _spelled(kind: Any) -> str:
-    if kind is type(None):
+    if kind is types.NoneType:
         return "none"
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(map(str, typing.get_args(kind)))
@@ -97,7 +102,7 @@ def _is_scores(kind: Any) -> bool:
 
 def _reader(kind: Any) -> Callable[[str], Any] | None:
     """What reads text as that type; None where nothing does (functions, tensors)."""
-    if kind is type(None):
+    if kind is types.NoneType:
         return _none
     if kind in (bool, int, float, str):
         return kind  # type: ignore[no-any-return]
@@ -171,7 +176,7 @@ class SettingsCommand(TyperCommand):
                 text = waiting.pop(0)
             given.append((option[2:], text))
         try:
-            ctx.meta["settings"] = parsed(entry, given) if entry is not None else {}
+            _given.set(parsed(entry, given) if entry is not None else {})
         except ValueError as error:
             ctx.fail(str(error))
         return super().parse_args(ctx, rest)
@@ -196,6 +201,6 @@ def option_value(args: Sequence[str], option: str) -> str | None:
     return None
 
 
-def given_settings(ctx: typer.Context) -> dict[str, Any]:
-    """The method's settings that were on the line."""
-    return dict(ctx.meta.get("settings", {}))
+def given_settings() -> dict[str, Any]:
+    """The settings of the method on the line of the command that runs."""
+    return dict(_given.get({}))

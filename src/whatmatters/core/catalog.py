@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from whatmatters.core.errors import UnknownNameError, WhatMattersError
+from whatmatters.core.errors import DataError, UnknownNameError, WhatMattersError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -99,6 +99,22 @@ def door(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+def _with_data(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuse, with an error of ours, to be called without calibration data where these have no default."""
+    signature = inspect.signature(function)
+    parameter = signature.parameters.get("calibration")
+    if parameter is None or parameter.default is not inspect.Parameter.empty:
+        return function
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if signature.bind_partial(*args, **kwargs).arguments.get("calibration") is None:
+            raise DataError("no calibration data; pass some as the second argument, such as data.calibration(tokenizer, text)")
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
 def method(
     slug: str,
     *,
@@ -128,7 +144,7 @@ def method(
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        wrapped = door(f"{job}.{function.__name__}")(function)
+        wrapped = door(f"{job}.{function.__name__}")(_with_data(function) if needs_text else function)
         _register(
             Entry(slug, wrapped, kind, job, unit, paper, score, allocation, action, needs_text=needs_text, needs_gradients=needs_gradients)
         )
@@ -150,7 +166,7 @@ def scorer(
     """Register a scorer. `when="ahead"`: `f(model, calibration=None, *, ...) -> Scores`; `when="walk"`: `f(context) -> Tensor`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        wrapped = door(f"score.{function.__name__}")(function)
+        wrapped = door(f"score.{function.__name__}")(_with_data(function) if needs_text else function)
         _register(
             Entry(
                 name,

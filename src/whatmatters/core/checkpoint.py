@@ -451,6 +451,10 @@ def load_meta(path_or_id: PathLike | PretrainedConfig, *, trust_remote_code: boo
     return model.eval()
 
 
+REOPEN = 256 << 20
+"""Bytes read from one mapped file before it is opened anew."""
+
+
 def stream_tensors(path_or_id: PathLike) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a checkpoint one by one, memory-mapped: the whole model is never in memory.
 
@@ -480,8 +484,17 @@ def stream_tensors(path_or_id: PathLike) -> Iterator[tuple[str, Tensor]]:
             raise FileError(f"no folder {source!r} here, and the hub did not give such a model: {_first_line(error)}") from error
     for file in _shards(source):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                yield name, tensors.get_tensor(name)
+            names = list(tensors.keys())
+        while names:
+            # Pages of a mapped file stay resident while it is open: a large file is opened anew after every REOPEN bytes.
+            seen = 0
+            with safe_open(file, framework="pt") as tensors:
+                while names and seen < REOPEN:
+                    name = names.pop(0)
+                    tensor = tensors.get_tensor(name)
+                    seen += tensor.nbytes
+                    yield name, tensor
+                    del tensor
 
 
 @dataclass(frozen=True)

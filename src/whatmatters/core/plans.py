@@ -24,6 +24,7 @@ from whatmatters.core.records import (
     reading,
     split_tensors,
     take,
+    thawed,
     write_record,
     write_text,
 )
@@ -111,6 +112,11 @@ class Plan:
                     raise InputError(f"the plan names {name!r}, which is no site of the structure; give the structure of that model")
                 if isinstance(value, Tensor) and tuple(value.shape) != shapes[name]:
                     raise InputError(f"mask of {name!r} has shape {tuple(value.shape)}; the site has {shapes[name]}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Plans can be copied and sent to other processes."""
+        described = [thawed(getattr(self, name)) for name in ("budget", "account")]
+        return type(self), (self.kind, dict(self.values), *described, self.method, thawed(self.settings), self.structure)
 
     def __repr__(self) -> str:
         return f"Plan({self.kind!r}, {len(self.values)} names, budget={dict(self.budget)!r})"

@@ -106,6 +106,13 @@ def frozen(value: Any, depth: int = 0) -> Any:
     raise InputTypeError(f"settings hold {type(value).__name__}; expected what JSON can hold: text, numbers, booleans, None, lists, dicts")
 
 
+def thawed(value: Any) -> Any:
+    """The plain dicts and lists of a frozen value: for copies, pickles and JSON."""
+    if isinstance(value, Mapping):
+        return {key: thawed(item) for key, item in value.items()}
+    return [thawed(item) for item in value] if isinstance(value, tuple) else value
+
+
 def _text(header: Mapping[str, Any], indent: int | None = None) -> str:
     return json.dumps(header, default=dict, allow_nan=False, indent=indent)
 

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import jinja2
@@ -126,7 +126,7 @@ def styled() -> AbstractContextManager[None]:
     """matplotlib's settings for figures of a page, for the length of a `with`; the user's own are back afterwards."""
     import matplotlib
 
-    return matplotlib.rc_context(_STYLE)
+    return matplotlib.rc_context(cast(Any, _STYLE))
 
 
 def svg(

@@ -1,5 +1,6 @@
 """The report of an action: what was done, with which settings and versions, and a row for each site."""
 
+import functools
 import json
 import platform
 from collections.abc import Iterator
@@ -17,10 +18,15 @@ from whatmatters.core.evaluate import PeakMemory
 __all__ = ["Report", "measured", "versions"]
 
 
+@functools.cache
+def _installed() -> tuple[tuple[str, str], ...]:
+    packages = ("whatmatters", "torch", "transformers", "compressed-tensors", "safetensors", "numpy", "scipy")
+    return ("python", platform.python_version()), ("machine", platform.machine()), *((name, metadata.version(name)) for name in packages)
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    packages = ("whatmatters", "torch", "transformers", "compressed-tensors", "safetensors", "numpy", "scipy")
-    return {"python": platform.python_version(), "machine": platform.machine(), **{name: metadata.version(name) for name in packages}}
+    return dict(_installed())
 
 
 @dataclass

@@ -25,6 +25,7 @@ from whatmatters.core.records import (
     reading,
     split_tensors,
     take,
+    thawed,
     write_record,
 )
 from whatmatters.core.sites import Site, Structure
@@ -167,6 +168,11 @@ class Scores:
         fields = {"unit": self.unit, "method": self.method, "settings": self.settings, "scale": self.scale,
                   "structure": self.structure, "valid": self.valid}  # fmt: skip
         return Scores._adopt(values=values, **(fields | changed))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Scores can be copied and sent to other processes."""
+        valid = None if self.valid is None else dict(self.valid)
+        return type(self), (self.unit, dict(self.values), self.method, thawed(self.settings), self.scale, self.structure, valid)
 
     def __repr__(self) -> str:
         return f"Scores({self.method!r}, {len(self.values)} x {self.unit}, scale={self.scale!r})"

@@ -165,7 +165,7 @@ def find_blocks(model: nn.Module) -> tuple[str, ...]:
     best: tuple[int, str, nn.ModuleList] | None = None
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(inside) and inside or not isinstance(module, nn.ModuleList):
+        if (inside and name.startswith(inside)) or not isinstance(module, nn.ModuleList):
             continue
         inside += (name + ".",)
         weights = sum(p.numel() for p in module.parameters() if p.dim() >= 2)
@@ -242,7 +242,7 @@ def structure(model: nn.Module, example: Tensor | None = None) -> Structure:
 
 
 def _ties(model: nn.Module, sites: list[Site], example: Tensor | None) -> tuple[tuple[str, ...], ...]:
-    by_input: dict[tuple[str, int], list[str]] = {}
+    by_input: dict[tuple[str, int, int], list[str]] = {}  # the version rises when a block writes into its activations
     by_parameter: dict[str, list[str]] = {}
     modules = dict(model.named_modules())
     whole = {site.name: site.block for site in sites if site.index is None}
@@ -259,7 +259,7 @@ def _ties(model: nn.Module, sites: list[Site], example: Tensor | None) -> tuple[
         def note(name: str, block: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 alive.append(args[0])
-                by_input.setdefault((block, id(args[0])), []).append(name)
+                by_input.setdefault((block, id(args[0]), args[0]._version), []).append(name)
 
             return hook
 

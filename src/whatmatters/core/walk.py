@@ -96,8 +96,8 @@ class Block:
         yield from self._inputs.batches(self.index)
 
     def run(self, batch: Batch) -> Tensor:
-        """Output of the block, as it is now, on a micro-batch."""
-        output = self.module(batch.hidden, **batch.arguments)
+        """Output of the block, as it is now, on a micro-batch; a block that writes into its input writes into a copy."""
+        output = self.module(batch.hidden.clone(), **batch.arguments)
         return output if isinstance(output, Tensor) else output[0]
 
 
@@ -152,7 +152,8 @@ class _Inputs:
         self.store: _Store | None = None
         self.arguments: list[list[dict[str, Any]]] = []  # by micro-batch, by block; equal ones are one object
         blocks = [model.get_submodule(name) for name in structure.blocks]
-        self._check_chain(model, blocks, self.ids[0][:1], None if self.valid[0] is None else self.valid[0][:1])
+        with settings_of(model, _experts_implementation="eager"):
+            self._check_chain(model, blocks, self.ids[0][:1], None if self.valid[0] is None else self.valid[0][:1])
         for index, (ids, valid) in enumerate(zip(self.ids, self.valid, strict=True)):
             hidden, arguments = self._enter(model, blocks, ids, valid)
             hidden = start(hidden)
@@ -173,7 +174,7 @@ class _Inputs:
 
         handles = [block.register_forward_hook(hook, with_kwargs=True) for block in blocks]
         try:
-            call_model(model, ids, valid)
+            call_model(model, ids.clone(), valid)
         finally:
             for handle in handles:
                 handle.remove()
@@ -248,8 +249,12 @@ def digest_of(model: nn.Module) -> str:
 class _Run:
     """The run folder: `run.json` with the fingerprint, one file per finished block, the journal of the last step."""
 
-    def __init__(self, folder: Path, fingerprint: dict[str, Any], resume: bool) -> None:
+    def __init__(self, folder: Path, fingerprint: dict[str, Any] | None, resume: bool) -> None:
+        """A folder without a fingerprint is a temporary one: nothing in it needs to outlive a crash."""
         self.folder = folder
+        self.durable = fingerprint is not None
+        if fingerprint is None:
+            return
         record = folder / "run.json"
         if record.exists():
             if not resume:
@@ -272,8 +277,15 @@ class _Run:
 
     def write(self, index: int, tensors: dict[str, Tensor], row: dict[str, Any], seconds: float) -> None:
         metadata = {"row": json.dumps(row), "seconds": json.dumps(seconds)}
-        with atomic_file(self.path(index)) as temporary:
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+        self.save(self.path(index), tensors, metadata)
+
+    def save(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        kept = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        if not self.durable:
+            save_file(kept, path, metadata=metadata)
+            return
+        with atomic_file(path) as temporary:
+            save_file(kept, temporary, metadata=metadata)
 
     def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any], float]:
         with safe_open(self.path(index), framework="pt") as file:
@@ -355,7 +367,7 @@ def walk(
         stack.enter_context(torch.no_grad())
         model.eval()
         run = _Run(folder, _fingerprint(model, calibration, settings), resume) if run_dir is not None else None
-        scratch = _Run(folder, {}, True) if run is None else run
+        scratch = _Run(folder, None, True) if run is None else run
         spill = folder / "inputs"
         stack.callback(shutil.rmtree, spill, ignore_errors=True)
         inputs = _Inputs(model, calibration, structure, spill, spill_bytes, start) if calibration is not None else None
@@ -447,8 +459,7 @@ def _commit(model: nn.Module, run: _Run, blocks: int, outside: Callable[[], Iter
             for name in tensors:
                 _untie(model, name, untied)
             path = run.folder / f"journal-{number:05d}.safetensors"
-            with atomic_file(path) as temporary:
-                save_file({name: target(name).cpu().contiguous() for name in tensors}, temporary)
+            run.save(path, {name: target(name) for name in tensors})
             journal.append(path)
             for name, value in tensors.items():
                 target(name).copy_(value)

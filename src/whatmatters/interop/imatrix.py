@@ -196,7 +196,8 @@ class _Reader:
     def floats(self, count: int) -> Float64[Tensor, " values"]:
         if count < 1:
             raise FormatError(f"{count} values; expected one at least")
-        return torch.from_numpy(np.frombuffer(self.take(4 * count), dtype="<f4").astype(np.float64))
+        with np.errstate(invalid="ignore"):  # NaN is refused later, with the name of its tensor
+            return torch.from_numpy(np.frombuffer(self.take(4 * count), dtype="<f4").astype(np.float64))
 
 
 def _to_dat(matrix: Imatrix) -> bytes:

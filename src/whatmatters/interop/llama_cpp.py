@@ -38,14 +38,15 @@ _TENSORS = {
     "mlp.gate_proj": ("ffn_gate",),
     "mlp.up_proj": ("ffn_up",),
     "mlp.down_proj": ("ffn_down",),
-    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"),
     "mlp.experts.down_proj": ("ffn_down_exps",),
     "attn.c_attn": ("attn_qkv",),
     "attn.c_proj": ("attn_output",),
     "mlp.c_fc": ("ffn_up",),
     "mlp.c_proj": ("ffn_down",),
 }
-"""A site's name within its block to the tensors that hold it; a fused gate_up parameter becomes two."""
+"""A site's name within its block to the tensors that hold it; a fused gate_up parameter becomes two, or stays one for some architectures:
+names that a file does not have are ignored there."""
 
 
 def tensor_names(site: Site) -> tuple[str, ...]:

@@ -8,9 +8,11 @@ from whatmatters.core.data import Calibration
 from whatmatters.core.evaluate import Difference, Measurement
 from whatmatters.core.formats import DENSE_BITS, stored_bits
 from whatmatters.core.sites import Structure
-from whatmatters.pages.results import Arm, Model, Site, Text
+from whatmatters.pages import results
+from whatmatters.pages.results import Arm, Curve, Model, Scorer, Site, Text
+from whatmatters.score.audit import Audit
 
-__all__ = ["arm_part", "average_bits", "model_part", "text_part"]
+__all__ = ["arm_part", "audit_part", "average_bits", "model_part", "text_part"]
 
 
 def model_part(name: str, model: nn.Module, structure: Structure) -> Model:
@@ -25,13 +27,51 @@ def text_part(used_for: str, source: str, windows: Calibration, digest: str) -> 
     return Text(used_for, source, len(set(windows.document.tolist())), len(windows), windows.tokens, digest)
 
 
+def audit_part(found: Audit) -> results.Audit:
+    """An audit as the page shows it: of the damage curves only those of the best scorer, its reverse, random orders and the truth."""
+    settings = found.settings
+    what = f"rounded to {settings['bits']} bits" if settings["damage"] == "quantize" else "left out"
+    parts = "block" if settings["by"] == "block" else "group of sites that read the same input"
+    leader = next((row.scorer for row in found.rows if not row.control), found.rows[0].scorer)
+    kept = {"truth": ("damage", "by measured damage"), "random": ("random", "at random"), "reversed": ("reverse", f"{leader}, reversed"),
+            "scorer": ("score", f"by {leader}")}  # fmt: skip
+    curves = [
+        Curve(kept[curve.kind][1], kept[curve.kind][0], curve.shares, curve.increases)
+        for curve in found.curves
+        if curve.kind != "scorer" or curve.label == leader
+    ]
+    return results.Audit(
+        how=(
+            f"The truth was measured: every {parts} was {what} alone, and the added loss taken on {found.documents} documents "
+            "that no score had seen. Scores and damage are compared per weight, because weights are what a plan gives bits to."
+        ),
+        units=tuple(tuple(members) for members in found.members),
+        damage=found.damage,
+        scorers=tuple(
+            Scorer(
+                name=row.scorer,
+                correlation=row.spearman,
+                low=None if row.interval is None else row.interval[0],
+                high=None if row.interval is None else row.interval[1],
+                seconds=row.seconds,
+                control=row.control,
+                values=found.importance[row.scorer],
+            )
+            for row in found.rows
+        ),
+        curves=tuple(curves),
+        ceiling=found.ceiling,
+        best=found.best,
+        verdict=found.verdict,
+    )
+
+
 def average_bits(levels: Mapping[str, int], structure: Structure, *, group_size: int, symmetric: bool = True) -> float:
     """Stored bits a weight over all sites, scales included; no levels: nothing is quantized."""
-    total = sum(site.size for site in structure.sites)
-    return (
-        sum(stored_bits(site.shape, levels.get(site.name, DENSE_BITS), group_size=group_size, symmetric=symmetric) for site in structure.sites)
-        / total
-    )
+    sizes = [
+        stored_bits(site.shape, levels.get(site.name, DENSE_BITS), group_size=group_size, symmetric=symmetric) for site in structure.sites
+    ]
+    return sum(sizes) / sum(site.size for site in structure.sites)
 
 
 def arm_part(
@@ -42,10 +82,10 @@ def arm_part(
     levels: Mapping[str, int],
     bits: float,
     measured: Measurement,
-    difference: Difference | None,
     bytes: int,
-    seconds: float,
-    peak_bytes: int,
+    difference: Difference | None = None,
+    seconds: float = 0.0,
+    peak_bytes: int = 0,
     note: str = "",
 ) -> Arm:
     """One arm; without `difference` it is the dense model itself, with nothing to differ from."""

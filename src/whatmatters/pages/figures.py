@@ -1,6 +1,7 @@
 """The report's figures. Each is painted twice, for a wide and for a narrow page, so that its text keeps its size on a phone."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ from whatmatters.core.render import ACCENT, INK, MUTED, PAPER, RULE, SOFT, chang
 from whatmatters.pages.naming import Naming
 from whatmatters.pages.results import Arm, Audit, Curve
 
-__all__ = ["agreement", "correlations", "curves", "frontier", "heat"]
+__all__ = ["agreement", "correlations", "curves", "frontier", "heat", "per_weight"]
 
 WIDE, FRONTIER, HALF, NARROW = 1040.0, 800.0, 520.0, 344.0
 LINE = 22.0  # height of a row of text
@@ -18,17 +19,14 @@ LARGEST_HEAT = 64  # columns; beyond that blocks stand for their sites
 
 
 def _both(
-    paint: Callable[[Any, float], None], *, name: str, wide: float, height: float, narrow_height: float, title: str, description: str
+    paint: Callable[..., None], *, name: str, wide: float, height: float, narrow_height: float, title: str, description: str
 ) -> Markup:
     """The two versions; CSS shows the one that fits, and the other is hidden from screen readers too."""
-    sizes = (("wide", wide, height), ("narrow", NARROW, narrow_height))
-    return Markup("").join(
-        svg(
-            lambda figure, width=width: paint(figure, width), name=f"{name}-{kind}", width=width, height=tall, title=title,
-            description=description, class_name=kind,
-        )
-        for kind, width, tall in sizes
-    )  # fmt: skip
+    made = []
+    for kind, width, tall in (("wide", wide, height), ("narrow", NARROW, narrow_height)):
+        draw = functools.partial(paint, width=width)
+        made.append(svg(draw, name=f"{name}-{kind}", width=width, height=tall, title=title, description=description, class_name=kind))
+    return Markup("").join(made)
 
 
 def correlations(audit: Audit) -> Markup:
@@ -38,6 +36,8 @@ def correlations(audit: Audit) -> Markup:
     def paint(figure: Any, width: float) -> None:
         axes = figure.add_subplot()
         axes.axvline(0, color=SOFT, linewidth=0.8, zorder=0)
+        if audit.ceiling is not None:
+            axes.axvline(audit.ceiling, color=SOFT, linewidth=1.1, linestyle=(0, (1, 1.6)), zorder=0)
         for place, scorer in enumerate(ordered):
             colour = ACCENT if scorer.name == audit.best else SOFT if scorer.control else INK
             if scorer.low is not None and scorer.high is not None:
@@ -70,7 +70,7 @@ def correlations(audit: Audit) -> Markup:
     )  # fmt: skip
 
 
-_LINES = {
+_LINES: Mapping[str, Mapping[str, Any]] = {
     "score": {"color": ACCENT, "linewidth": 2.6, "zorder": 4},
     "damage": {"color": INK, "linewidth": 1.4, "linestyle": (0, (1, 1.6)), "zorder": 3},
     "reverse": {"color": INK, "linewidth": 1.4, "linestyle": (0, (5, 3)), "zorder": 3},
@@ -94,7 +94,7 @@ def curves(audit: Audit) -> Markup:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
         axes.set_xlabel("share of the weights damaged, least important first" if width > NARROW else "share damaged, least important first")
         axes.set_ylabel("added nats a token")
-        figure.legend(handles=_handles(audit.curves), loc="outside upper left", ncols=2, handlelength=2.1, labelspacing=0.3, columnspacing=1.6)
+        figure.legend(handles=_handles(audit.curves), loc="outside upper left", ncols=2, handlelength=2.1, labelspacing=0.3)
 
     told = "; ".join(f"{c.name}: {fixed(_at(c, 0.5), 3)} at half" for c in audit.curves)
     return _both(
@@ -133,6 +133,11 @@ def _shades(values: Sequence[float]) -> list[float]:
     return [(first[v] + last[v]) / 2 / most for v in values]
 
 
+def per_weight(audit: Audit, naming: Naming) -> list[float]:
+    """The measured damage as scores are compared with it."""
+    return [damage / naming.size(unit) for damage, unit in zip(audit.damage, audit.units, strict=True)]
+
+
 def heat(audit: Audit, naming: Naming) -> Markup:
     """Scorers by units, shaded by rank, the measured damage first."""
     groups: list[tuple[str, list[int]]] = []  # name of the block, places of its units
@@ -148,7 +153,7 @@ def heat(audit: Audit, naming: Naming) -> Markup:
         return _shades([sum(shades[i] for i in places) / len(places) for _, places in groups]) if whole else shades
 
     ordered = sorted(audit.scorers, key=lambda scorer: -scorer.correlation)
-    rows = [("measured damage", row(audit.damage)), *((scorer.name, row(scorer.values)) for scorer in ordered)]
+    rows = [("measured damage", row(per_weight(audit, naming))), *((scorer.name, row(scorer.values)) for scorer in ordered)]
     columns = len(rows[0][1])
 
     def paint(figure: Any, width: float) -> None:
@@ -175,7 +180,7 @@ def heat(audit: Audit, naming: Naming) -> Markup:
         for edge in edges[1:-1] if len(groups) > 1 else []:
             axes.plot([edge, edge], [0, tops[-1] + 0.92], color=PAPER, linewidth=2.0)
         step = max(1, -(-len(groups) * 22 // int(width * 0.6)))
-        shown = [number for number in range(0, len(groups), step)]
+        shown = list(range(0, len(groups), step))
         axes.set_xticks([(edges[n] + edges[n + 1]) / 2 for n in shown], [groups[n][0] for n in shown])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -185,15 +190,15 @@ def heat(audit: Audit, naming: Naming) -> Markup:
     tall = 40 + LINE * (len(rows) + 0.5)
     return _both(
         paint, name="heat", wide=WIDE, height=tall, narrow_height=tall, title="What matters, by score and place",
-        description="Each row is a score, each column a part of the model; the darker, the higher its rank. The first row is the damage that "
+        description="Each row is a score, each column a part of the model; the darker, the higher its rank. The first row is the that "
         "was measured. The most and the least important parts are listed below.",
     )  # fmt: skip
 
 
-def agreement(audit: Audit, correlate: Callable[[Sequence[float], Sequence[float]], float]) -> Markup:
+def agreement(audit: Audit, naming: Naming, correlate: Callable[[Sequence[float], Sequence[float]], float]) -> Markup:
     """Rank correlation of every score with every other and with the damage."""
     ordered = sorted(audit.scorers, key=lambda scorer: -scorer.correlation)
-    rows: list[tuple[str, Sequence[float]]] = [("measured damage", audit.damage), *((s.name, s.values) for s in ordered)]
+    rows: list[tuple[str, Sequence[float]]] = [("measured damage", per_weight(audit, naming)), *((s.name, s.values) for s in ordered)]
     values = [[correlate(a, b) for _, b in rows] for _, a in rows]
 
     def paint(figure: Any, width: float) -> None:
@@ -291,13 +296,11 @@ def _label(axes: Any, points: Sequence[tuple[str, float, float, str, bool]], wid
         for index in range(len(places) - 2, -1, -1):
             places[index] = min(places[index], places[index + 1] - step)
     right = axes.get_xlim()[1]
+    leader = {"arrowstyle": "-", "color": RULE, "linewidth": 0.9, "linestyle": (0, (2, 2)), "shrinkA": 0, "shrinkB": 5}
     for (name, x, y, colour, line), place in zip(ordered, places, strict=True):
         if line:
-            axes.annotate(
-                "", (x, y), xytext=(right, place), arrowprops={"arrowstyle": "-", "color": RULE, "linewidth": 0.9, "linestyle": (0, (2, 2)), "shrinkA": 0, "shrinkB": 5},
-                annotation_clip=False, zorder=1,
-            )  # fmt: skip
+            axes.annotate("", (x, y), xytext=(right, place), arrowprops=leader, annotation_clip=False, zorder=1)
         axes.annotate(
-            name, (right, place), xytext=(5, 0), textcoords="offset points", va="center", ha="left", fontsize=11.5 if width > NARROW else 10.5,
-            color=colour, fontweight="bold" if colour == ACCENT else "normal", annotation_clip=False,
+            name, (right, place), xytext=(5, 0), textcoords="offset points", va="center", ha="left", annotation_clip=False,
+            fontsize=11.5 if width > NARROW else 10.5, color=colour, fontweight="bold" if colour == ACCENT else "normal",
         )  # fmt: skip

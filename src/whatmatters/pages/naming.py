@@ -5,7 +5,7 @@ from itertools import groupby
 
 from whatmatters.pages.results import Model
 
-__all__ = ["Naming", "ranges"]
+__all__ = ["Naming", "by_level", "ranges"]
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -16,7 +16,7 @@ def ranges(numbers: Iterable[int]) -> str:
         '0, 2–4, 7'
     """
     runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(set(numbers))), key=lambda pair: pair[1] - pair[0])]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}{',' if len(run) == 2 else '–'}{' ' if len(run) == 2 else ''}{run[-1]}" for run in runs)
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 class Naming:
@@ -30,6 +30,12 @@ class Naming:
     def block(self, name: str) -> int:
         """Index of the block that a site or block belongs to, -1 outside all blocks."""
         return self._blocks[name] if name in self._blocks else self._sites[name].block
+
+    def size(self, names: Iterable[str]) -> int:
+        """Number of weights of sites, or of all sites of blocks."""
+        wanted = set(names)
+        blocks = {self._blocks[name] for name in wanted if name in self._blocks}
+        return sum(site.size for site in self._model.sites if site.name in wanted or site.block in blocks)
 
     def block_label(self, name: str) -> str:
         """The index as text, a dash outside all blocks."""
@@ -49,8 +55,8 @@ class Naming:
         rest = [part.removeprefix(f"{owner}.") if owner else part for part in parts[1:]]
         return " + ".join([parts[0], *rest]) if len(parts) <= 4 else f"{parts[0]} and {len(parts) - 1} more"
 
-    def by_part(self, names: Iterable[str]) -> str:
-        """Sites told by part and block: "mlp.down_proj in 0, 3–5; self_attn.o_proj in 2", the most numerous first, at most three."""
+    def by_part(self, names: Iterable[str], most: int = 3) -> str:
+        """Sites told by part and block: "mlp.down_proj in blocks 0, 3–5; self_attn.o_proj in block 2", the most numerous first."""
         blocks: dict[str, list[int]] = {}
         for name in names:
             blocks.setdefault(self.part(name), []).append(self.block(name))
@@ -58,13 +64,14 @@ class Naming:
         for part, found in blocks.items():
             merged.setdefault(tuple(found), []).append(part)
         ordered = sorted(merged.items(), key=lambda item: -len(item[0]) * len(item[1]))
-        total = len(self._model.blocks)
-        told = [
-            f"{self.together(parts)} in {'every block' if len(set(found)) == total > 1 else 'block ' + str(found[0]) if len(found) == 1 else 'blocks ' + ranges(found)}"
-            for found, parts in ordered[:3]
-        ]
-        left = sum(len(found) * len(parts) for found, parts in ordered[3:])
+        told = [f"{self.together(parts)} in {self._where(found)}" for found, parts in ordered[:most]]
+        left = sum(len(found) * len(parts) for found, parts in ordered[most:])
         return "; ".join(told) + (f"; and {left} more" if left else "")
+
+    def _where(self, blocks: Sequence[int]) -> str:
+        if len(set(blocks)) == len(self._model.blocks) > 1:
+            return "every block"
+        return f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {ranges(blocks)}"
 
     def together(self, parts: Sequence[str]) -> str:
         """Parts of one block without saying their common owner twice."""

@@ -4,6 +4,7 @@ It opens offline: styles and figures are inside, nothing is loaded from anywhere
 copies commands). Everything that comes from models, texts and files is escaped.
 """
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from markupsafe import Markup
 from scipy.stats import rankdata
 
 from whatmatters.core.checkpoint import atomic_file
-from whatmatters.core.render import change, colour_css, count, environment, fixed, megabytes, percent, printable, spread
+from whatmatters.core.render import change, colour_css, environment, megabytes, percent, printable, spread
 from whatmatters.pages import figures
 from whatmatters.pages.naming import Naming, by_level
 from whatmatters.pages.results import Arm, Audit, Continuation, Results, Scorer, Tokens
@@ -40,7 +41,7 @@ def render(run_dir: str | os.PathLike[str]) -> Path:
         FileError: there are no results, or the page cannot be written.
         FormatError: the results are malformed.
     """
-    results = Results.load(run_dir)
+    results = Results.load(Path(run_dir))
     path = Path(run_dir) / FILE_NAME
     with atomic_file(path) as temporary:
         temporary.write_text(page(results), encoding="utf-8")
@@ -112,8 +113,8 @@ def _paid(arm: Arm, naming: Naming) -> str:
         return f"All {total} sites paid alike, at {next(iter(levels))} bits."
     (low, paid), (high, spared) = next(iter(levels.items())), list(levels.items())[-1]
     return (
-        f"{len(paid)} of {total} sites paid most, at {low} bits: {naming.by_part(paid)}. "
-        f"{len(spared)} kept {high} bits: {naming.by_part(spared)}."
+        f"{len(paid)} of {total} sites paid most, at {low} bits: {naming.by_part(paid, 2)}. "
+        f"{len(spared)} kept {high} bits: {naming.by_part(spared, 2)}."
     )
 
 
@@ -130,7 +131,7 @@ def _figures(results: Results, naming: Naming) -> Mapping[str, Markup]:
         if results.audit.curves:
             made["curves"] = figures.curves(results.audit)
         made["heat"] = figures.heat(results.audit, naming)
-        made["agreement"] = figures.agreement(results.audit, _spearman)
+        made["agreement"] = figures.agreement(results.audit, naming, _spearman)
     if len(results.arms) > 1:
         made["frontier"] = figures.frontier(results.arms, results.best)
     return made
@@ -149,17 +150,28 @@ class _Part:
     name: str
     block: str
     damage: float
+    density: float  # for each million weights
     rank: int  # by the best score, 1 for the most important
 
 
-def _listed(audit: Audit, naming: Naming) -> Mapping[str, Sequence[_Part]]:
+def _listed(audit: Audit, naming: Naming) -> Mapping[str, Any]:
     """The parts whose damage costs most and least, with their rank by the score to trust."""
-    best: Scorer = next(scorer for scorer in audit.scorers if scorer.name == audit.best)
-    places = sorted(range(len(audit.units)), key=lambda i: -audit.damage[i])
-    ranks = {place: rank for rank, place in enumerate(sorted(places, key=lambda i: (-best.values[i], i)), 1)}
-    parts = [_Part(naming.unit(audit.units[i]), naming.block_label(audit.units[i][0]), audit.damage[i], ranks[i]) for i in places]
+    judge = _judge(audit)
+    damage = figures.per_weight(audit, naming)
+    places = sorted(range(len(audit.units)), key=lambda i: -damage[i])
+    ranks = {place: rank for rank, place in enumerate(sorted(places, key=lambda i: (-judge.values[i], i)), 1)}
+    parts = [
+        _Part(naming.unit(audit.units[i]), naming.block_label(audit.units[i][0]), audit.damage[i], 1e6 * damage[i], ranks[i])
+        for i in places
+    ]
     few = min(LISTED, len(parts) // 2) or 1
-    return {"most": parts[:few], "least": parts[::-1][:few]}
+    return {"judge": judge.name, "most": parts[:few], "least": parts[::-1][:few]}
+
+
+def _judge(audit: Audit) -> Scorer:
+    """The scorer to trust, or the first one where none is better than chance."""
+    ordered = sorted(audit.scorers, key=lambda scorer: (scorer.name != audit.best, scorer.control, -scorer.correlation))
+    return ordered[0]
 
 
 @dataclass(frozen=True)
@@ -174,7 +186,8 @@ def _continuations(found: Sequence[Continuation], arms: Mapping[str, Arm]) -> li
     continued = []
     for each in found:
         dense = arms[each.arm].role == "dense"
-        same = 0 if dense else len(os.path.commonprefix([reference, each.text]))
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reference, each.text, strict=False))
+        same = 0 if dense else sum(1 for _ in alike)
         continued.append(_Continued(arms[each.arm], each.text[:same], each.text[same:]))
     return continued
 
@@ -209,7 +222,7 @@ def _visible(text: str) -> str:
 
 def _plan(arm: Arm, naming: Naming) -> list[tuple[int, int, str]]:
     """(bits, number of sites, which) of the best arm, the lowest bits first."""
-    return [(bits, len(names), naming.by_part(names)) for bits, names in by_level(arm.levels).items()]
+    return [(bits, len(names), naming.by_part(names, 8)) for bits, names in by_level(arm.levels).items()]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -222,5 +235,11 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         elif isinstance(value, list | tuple):
             pairs.append((name, ", ".join(map(str, value))))
         else:
-            pairs.append((name, count(value) if type(value) is int else fixed(value, 4).rstrip("0") if type(value) is float else str(value)))
+            pairs.append((name, _setting(value)))
     return pairs
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

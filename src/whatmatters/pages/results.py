@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from whatmatters.core.checkpoint import atomic_file
 from whatmatters.core.errors import FormatError
@@ -106,8 +106,9 @@ class Curve:
 class Audit:
     """Every scorer against the damage that was measured.
 
-    `how` says in words what the damage is; `units` names what was damaged, one after another: each a list of sites (or blocks) that were
-    damaged together; `damage` is the loss it cost, nats a token; `best` names the scorer to trust, `verdict` says how much.
+    `how` says in words what the damage is; `units` names what was damaged, one after another: each a list of sites (or one block) that were
+    damaged together; `damage` is the loss it cost, nats a token, compared with scores per weight; `ceiling` is the correlation that a
+    perfect score could reach on so much text; `best` names the scorer to trust, null if there is none; `verdict` says how much.
     """
 
     how: str
@@ -115,7 +116,8 @@ class Audit:
     damage: tuple[float, ...]
     scorers: tuple[Scorer, ...]
     curves: tuple[Curve, ...]
-    best: str
+    ceiling: float | None
+    best: str | None
     verdict: str
 
 
@@ -248,8 +250,10 @@ class Results:
     def _check_audit(self, audit: Audit, known: set[str]) -> None:
         _check(len(audit.units) == len(audit.damage) > 0, f"{len(audit.units)} units and {len(audit.damage)} damages; expected as many")
         _check(all(unit and known.issuperset(unit) for unit in audit.units), "the audit has a unit that is no list of sites or blocks")
+        _check(all(site.size > 0 for site in self.model.sites), "a site has no weights")
         names = [scorer.name for scorer in audit.scorers]
-        _check(len(set(names)) == len(names) and audit.best in names, "the audit's scorers repeat a name, or lack the best one")
+        _check(len(set(names)) == len(names) > 0, "the audit has no scorers, or two of one name")
+        _check(audit.best is None or audit.best in names, "the audit's best is none of its scorers")
         for scorer in audit.scorers:
             _check(len(scorer.values) == len(audit.units), f"{scorer.name!r:.40} does not have one score for each unit")
         for curve in audit.curves:
@@ -272,7 +276,7 @@ class Results:
         return path
 
     @classmethod
-    def load(cls, run_dir: str | Path) -> Self:
+    def load(cls, run_dir: str | Path) -> "Results":
         """Read the `results.json` of a folder, or that file.
 
         Raises:
@@ -285,12 +289,12 @@ class Results:
             return cls.from_json(read_text(path))
 
     @classmethod
-    def parse(cls, text: str | bytes) -> Self:
+    def parse(cls, text: str | bytes) -> "Results":
         """The results that a text holds; raises FormatError."""
         return cls.from_json(parse_json(text))
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def from_json(cls, value: dict[str, Any]) -> "Results":
         """The results from their JSON form; raises FormatError."""
         if value.get("format") != FORMAT:
             raise FormatError(f"it holds {value.get('format')!r:.60}; expected {FORMAT}")

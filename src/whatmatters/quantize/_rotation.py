@@ -64,8 +64,8 @@ def hadamard(n: int, seed: int = 0) -> Float64[Tensor, "n n"]:
         InputError: no Hadamard matrix of that size is known here.
 
     Example:
-        >>> hadamard(4).abs().unique().tolist()
-        [0.5]
+        >>> bool(torch.allclose(hadamard(12).abs(), torch.tensor(12.0).double().rsqrt()))
+        True
 
     References:
         R. E. A. C. Paley, "On orthogonal matrices", 1933.
@@ -381,7 +381,10 @@ def _matrices(block: str, seen: _Seen, size: int, model: nn.Module) -> list[Matr
     stream = [n for n in seen.norms if not any(_among(n.inputs, use.outputs) for use in seen.uses)]
     for norm in stream:
         _check_norm(norm)
-    value, output = _heads(seen)
+    source = {use.parameter: next((norm.name for norm in stream if _among(use.inputs, norm.outputs)), None) for use in seen.uses}
+    pairs = [pair for pair in _heads(seen) if source[pair[0]] is not None and source[pair[2]] is None]
+    value = {parameter: heads for parameter, heads, _, _ in pairs}
+    output = {parameter: heads for _, _, parameter, heads in pairs}
     result: dict[str, Matrix] = {}
     for use in seen.uses:
         reads = next((norm.name for norm in stream if _among(use.inputs, norm.outputs)), None)
@@ -389,7 +392,7 @@ def _matrices(block: str, seen: _Seen, size: int, model: nn.Module) -> list[Matr
         local = [None if n is None else n.removeprefix(f"{block}.") for n in (use.parameter, use.bias, reads)]
         found = Matrix(
             local[0] or "", use.stored_transposed, local[1], local[2], writes,
-            value.get(use.parameter, 0) if reads else 0, output.get(use.parameter, 0) if writes else 0,
+            value.get(use.parameter, 0), output.get(use.parameter, 0),
         )  # fmt: skip
         if result.setdefault(use.parameter, found) != found:
             raise ModelError(f"{use.parameter} is used in two ways, of which a rotation can serve one; use rotate=None")
@@ -400,10 +403,9 @@ def _matrices(block: str, seen: _Seen, size: int, model: nn.Module) -> list[Matr
     return [m for m in result.values() if m.norm or m.writes]
 
 
-def _heads(seen: _Seen) -> tuple[dict[str, int], dict[str, int]]:
-    """Heads of the value and the output projection, by parameter, for attentions between exactly such two."""
-    values: dict[str, int] = {}
-    outputs: dict[str, int] = {}
+def _heads(seen: _Seen) -> list[tuple[str, int, str, int]]:
+    """Value projection, its heads, output projection, its heads: for each attention between exactly such two."""
+    pairs: list[tuple[str, int, str, int]] = []
     for value, output in seen.attentions:
         batch, heads, length, size = output.shape
         after = [use for use in seen.uses if use.inputs.shape == (batch * length, heads * size)]
@@ -414,8 +416,8 @@ def _heads(seen: _Seen) -> tuple[dict[str, int], dict[str, int]]:
                 continue
             made = use.outputs.view(batch, length, kv, size).transpose(1, 2).repeat_interleave(value.shape[1] // kv or 1, dim=1)
             if torch.equal(made, value.detach()):
-                values[use.parameter], outputs[after[0].parameter] = kv, heads
-    return values, outputs
+                pairs.append((use.parameter, kv, after[0].parameter, heads))
+    return pairs
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,22 +74,33 @@ def from_interval(claim: str, tier: Tier, effect: float, interval: tuple[float, 
 
 
 def _without_docstrings(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            if isinstance(body[0].value.value, str):
-                body[0].value.value = ""
-    return ast.dump(tree)
+    """The code as a syntax tree in text: without docstrings, comments and layout, and alike whichever Python parses it."""
+    return json.dumps(_plain(ast.parse(source)))
+
+
+def _plain(node: object) -> object:
+    if isinstance(node, list):
+        return [_plain(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return "docstring"
+    # Fields that are empty are left out: newer Pythons add some.
+    return [type(node).__name__, {name: _plain(value) for name, value in ast.iter_fields(node) if value is not None and value != []}]
 
 
 def digest(slug: str, experiment: ModuleType) -> str:
     """SHA-256 of the method's file and the experiment's, as syntax trees without docstrings: prose may change, code may not."""
     method = inspect.getmodule(inspect.unwrap(get_method(slug).function))
+    if method is None:
+        raise InputError(f"the file of {slug!r} cannot be found")
+    return source_digest([method, experiment])
+
+
+def source_digest(modules: Sequence[ModuleType]) -> str:
+    """SHA-256 of the code of some modules, docstrings left out."""
     total = hashlib.sha256()
-    for module in (method, experiment):
-        if module is None:
-            raise InputError(f"the file of {slug!r} cannot be found")
+    for module in modules:
         total.update(_without_docstrings(inspect.getsource(module)).encode())
     return total.hexdigest()
 

@@ -79,11 +79,11 @@ def input_statistics(
 
     for batch in block.batches():
         token_weights = _token_weights(batch, weights)
-        seen: list[tuple[tuple[int, torch.Size], str, Tensor]] = []  # holds the tensors, so that addresses stay theirs
+        seen: list[tuple[tuple[int, int, torch.Size], str, Tensor]] = []  # holds the tensors, so that addresses stay theirs
         names: set[str] = set()
 
         def callback(name: str, x: Tensor, rows: Tensor | None) -> None:
-            address = (x.data_ptr(), x.shape)
+            address = (x.data_ptr(), x._version, x.shape)  # the version rises when a block writes into its activations
             first = next((owner for known, owner, _ in seen if known == address), None)
             names.add(name)
             if first is None:

@@ -58,6 +58,7 @@ def audit(
     clip_search: bool = True,
     steps: int = 4,
     orders: int = 4,
+    curve_samples: int | None = 16,
     seed: Seed = 0,
     resamples: int = 2000,
     confidence: float = 0.95,
@@ -80,6 +81,8 @@ def audit(
         clip_search: choose each group's range by the least sum |error|^2.4 instead of its full range.
         steps: damage curves are measured at this many shares of the weights besides 0, evenly spaced up to all; at least 2.
         orders: random orders to compare with, at least 1.
+        curve_samples: damage curves are measured on this many windows, spread evenly over the text; None for all. Damage that has added
+            up shows on less text than that of a single unit.
         seed: decides random orders, resamples, permutations and the scorers that draw.
         resamples: bootstrap resamples of the documents, at least 100.
         confidence: of all intervals.
@@ -120,7 +123,7 @@ def audit(
     """
     started = time.perf_counter()
     check_by(by)
-    _check_settings(steps, orders, resamples, confidence)
+    _check_settings(steps, orders, curve_samples, resamples, confidence)
     found = structure_of(model, structure)
     rounding = Rounding(group_size, symmetric, clip_search)
     rounding.check(found, [bits])
@@ -137,77 +140,54 @@ def audit(
         )  # fmt: skip
     units = _Units(groups, _true_damage(truth, groups, found))
     options = {"by": by, "structure": found, "seed": base, "levels": tuple(sorted({bits, 2, 3, 4, 8})), **rounding.settings()}
-    scores, seconds, skipped_scorers = _score(model, calibration, entries, options, scorers is None, progress)
+    scores, seconds, left_out = _score(model, calibration, entries, options, scorers is None, progress)
     importance = {name: units.importance(value, found, bits) for name, value in scores.items()}
     controls = {entry.slug for entry in entries if isinstance(entry, Entry) and entry.control}
 
-    resampled = _resampled(truth, units, resamples, generator(derived(base, "documents"))) if isinstance(truth, Ablation) else None
-    correlations = _correlations(importance, units, resampled, controls, confidence, generator(derived(base, "permutations")))
-    names = sorted(correlations, key=lambda name: -correlations[name].spearman)
+    again = _measured_again(truth, units, resamples, generator(derived(base, "documents"))) if isinstance(truth, Ablation) else None
+    agreements = _agreements(importance, units, again, controls, confidence, generator(derived(base, "permutations")))
+    names = sorted(importance, key=lambda name: -agreements[name].spearman)
     first = next((name for name in names if name not in controls), names[0])
-
-    ranked = {("scorer", name): units.ascending(importance[name]) for name in names}
-    ranked[("truth", "measured")] = units.ascending(units.per_weight)
-    ranked[("reversed", f"reversed {first}")] = ranked[("scorer", first)][::-1]
+    ranked = [_Order(name, "scorer", units.ascending(importance[name])) for name in names]
+    ranked.append(_Order("measured", "truth", units.ascending(units.per_weight)))
+    ranked.append(_Order(f"reversed {first}", "reversed", units.ascending(importance[first])[::-1]))
     draw = generator(derived(base, "orders"))
-    ranked |= {("random", f"random {i}"): torch.randperm(len(units.names), generator=draw).tolist() for i in range(1, orders + 1)}
-    measured = _Curves(model, text, found, units, damage, _Damage(rounding, bits))
-    shares = {key: units.stops(order, steps) for key, order in ranked.items()}
-    measured.run([frozenset(order[:k]) for key, order in ranked.items() for k in shares[key]], progress)
-    areas = {key: measured.area(order, shares[key]) for key, order in ranked.items()}
-    random_area = np.mean([area for (kind, _), area in areas.items() if kind == "random"], axis=0)
-    weights = draws(len(measured.documents.counts), resamples, generator(derived(base, "documents")))
+    ranked += [_Order(f"random {i}", "random", torch.randperm(len(groups), generator=draw).tolist()) for i in range(1, orders + 1)]
+    measured = _Curves(model, _spread(text, curve_samples), found, units, damage, _Rounded(rounding, bits), steps)
+    measured.run(ranked, progress)
 
+    areas = {order.label: measured.area(order) for order in ranked}
+    by_chance = np.mean([areas[order.label] for order in ranked if order.kind == "random"], axis=0)
+    weights = draws(len(by_chance), resamples, generator(derived(base, "documents")))
     rows = []
     for name in names:
-        found_row = correlations[name]
-        saved, saved_interval = measured.saved(areas[("scorer", name)], random_area, weights, confidence)
-        rows.append(
-            AuditRow(
-                name,
-                name in controls,
-                found_row.spearman,
-                found_row.interval,
-                found_row.p,
-                found_row.p_adjusted,
-                found_row.kendall,
-                found_row.top,
-                measured.per_token(areas[("scorer", name)]),
-                saved,
-                saved_interval,
-                seconds.get(name, 0.0),
-            )  # fmt: skip
-        )
-    curves = tuple(
-        AuditCurve(
-            label, kind, tuple(units.share(order[:k]) for k in shares[(kind, label)]), measured.increases(order, shares[(kind, label)])
-        )
-        for (kind, label), order in ranked.items()
-    )
-    matrix = np.atleast_2d(spearman(np.stack([importance[name] for name in names]), np.stack([importance[name] for name in names])))
-    ceiling = None if resampled is None else float(spearman(resampled, units.per_weight[None]).mean())
+        saved, saved_interval = _saved(areas[name], by_chance, weights, confidence)
+        area = measured.per_token(areas[name])
+        rows.append(AuditRow(name, name in controls, **vars(agreements[name]), area=area, saved=saved, saved_interval=saved_interval,
+                             seconds=seconds.get(name, 0.0)))  # fmt: skip
+    values = np.stack([importance[name] for name in names])
     settings = {
-        "by": by, "damage": damage, "bits": bits, **rounding.settings(), "steps": steps, "orders": orders,
+        "by": by, "damage": damage, "bits": bits, **rounding.settings(), "steps": steps, "orders": orders, "curve_samples": curve_samples,
         "seed": seed if isinstance(seed, int) else "generator", "resamples": resamples, "confidence": confidence,
         "calibration": data_settings(calibration), "text": data_settings(text),
     }  # fmt: skip
-    best, verdict = _verdict(rows, importance, resampled, settings, len(units.names))
+    best, verdict = _verdict(rows, importance, again, settings, len(groups))
     return Audit(
         verdict=verdict,
         best=best,
         rows=tuple(rows),
-        agreement=tuple(tuple(row) for row in matrix.tolist()),
-        curves=curves,
+        agreement=tuple(tuple(row) for row in spearman(values, values).tolist()),
+        curves=tuple(measured.curve(order) for order in ranked),
         units=units.names,
         members=tuple(tuple(site.name for site in sites) for sites in groups.values()),
         sizes=tuple(units.sizes.tolist()),
         damage=tuple(units.damage.tolist()),
-        damage_intervals=_damage_intervals(resampled, units, confidence),
+        damage_intervals=_damage_intervals(again, units, confidence),
         importance={name: tuple(importance[name].tolist()) for name in names},
-        loss=measured.loss,
-        ceiling=ceiling,
-        documents=len(measured.documents.counts),
-        skipped=skipped_scorers,
+        loss=truth.loss if isinstance(truth, Ablation) else measured.loss,
+        ceiling=None if again is None else float(spearman(again, units.per_weight[None]).mean()),
+        documents=len(Documents.of(text).counts),
+        skipped=left_out,
         settings=settings,
         seconds=time.perf_counter() - started,
         scores=scores,
@@ -215,13 +195,24 @@ def audit(
     )
 
 
-def _check_settings(steps: int, orders: int, resamples: int, confidence: float) -> None:
+def _check_settings(steps: int, orders: int, curve_samples: int | None, resamples: int, confidence: float) -> None:
     if steps < 2 or orders < 1:
         raise InputError(f"steps is {steps} and orders {orders}; expected at least 2 steps and 1 random order")
+    if curve_samples is not None and curve_samples < 1:
+        raise InputError(f"curve_samples is {curve_samples}; expected at least 1, or None for all windows")
     if resamples < 100:
         raise InputError(f"resamples is {resamples}; expected at least 100, 2000 for a 95 % interval")
     if not 0 < confidence < 1:
         raise InputError(f"confidence is {confidence}; expected between 0 and 1, for example 0.95")
+
+
+def _spread(text: Calibration, samples: int | None) -> Calibration:
+    """Some windows of a text, spread evenly over it."""
+    if samples is None or samples >= len(text):
+        return text
+    rows = torch.linspace(0, len(text) - 1, samples, dtype=torch.float64).round().long()
+    valid = None if text.valid is None else text.valid[rows]
+    return Calibration(text.inputs[rows], valid, text.document[rows], text.batch, text.source)
 
 
 def _entries(wanted: Sequence[str | Scores] | None, truth: str) -> list[Entry | Scores]:
@@ -244,7 +235,7 @@ def _score(
     """The scores by name, the seconds each took, and what was skipped because the model does not allow it."""
     scores: dict[str, Scores] = {}
     seconds: dict[str, float] = {}
-    skipped_scorers: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     for entry in entries:
         name = entry.method if isinstance(entry, Scores) else entry.slug
         if name in scores:
@@ -261,9 +252,9 @@ def _score(
         except ModelError as error:
             if not skip:
                 raise
-            skipped_scorers[name] = str(error).partition("\n")[0]
+            left_out[name] = str(error).partition("\n")[0]
         seconds[name] = time.perf_counter() - started
-    return scores, seconds, skipped_scorers
+    return scores, seconds, left_out
 
 
 class _Units:
@@ -281,13 +272,15 @@ class _Units:
         if scores.unit == "weight":
             scores = scores.reduce("mean")
         scores.check_structure(found)
-        lifted = scores.lift(found).values
+        lifted = {name: value.double().numpy() for name, value in scores.lift(found).values.items()}
         if scores.scale == "loss":
             column = scores.levels.index(bits) if bits in scores.levels else 0
-            totals = [sum(float(lifted[site.name][column] - lifted[site.name][-1]) for site in sites) for sites in self.groups.values()]
-        else:
-            totals = [sum(float(lifted[site.name]) * site.size for site in sites) for sites in self.groups.values()]
-        return np.array(totals) / self.sizes
+            totals = [sum(lifted[site.name][column] - lifted[site.name][-1] for site in sites) for sites in self.groups.values()]
+            return np.array(totals) / self.sizes
+        # A mean taken around the first member: members with equal scores give that score exactly, so ties stay ties.
+        firsts = np.array([lifted[sites[0].name] for sites in self.groups.values()])
+        around = zip(firsts, self.groups.values(), strict=True)
+        return firsts + np.array([sum((lifted[site.name] - one) * site.size for site in sites) for one, sites in around]) / self.sizes
 
     def ascending(self, importance: Float64[np.ndarray, " units"]) -> list[int]:
         """Units from the least important on; of equal ones the later is the less important."""
@@ -322,7 +315,7 @@ def _true_damage(truth: Ablation | Scores, groups: Mapping[str, tuple[Site, ...]
     return np.array([np.mean([float(truth.values[name]) for name in members]) for members in names])
 
 
-def _resampled(truth: Ablation, units: _Units, resamples: int, draw: torch.Generator) -> Float64[np.ndarray, "resamples units"] | None:
+def _measured_again(truth: Ablation, units: _Units, resamples: int, draw: torch.Generator) -> Float64[np.ndarray, "resamples units"] | None:
     """Damage per weight, measured on each resample of the documents; None where there is but one."""
     if len(truth.counts) < 2:
         return None
@@ -331,16 +324,16 @@ def _resampled(truth: Ablation, units: _Units, resamples: int, draw: torch.Gener
 
 
 def _damage_intervals(
-    resampled: Float64[np.ndarray, "resamples units"] | None, units: _Units, confidence: float
+    again: Float64[np.ndarray, "resamples units"] | None, units: _Units, confidence: float
 ) -> tuple[tuple[float, float], ...] | None:
-    if resampled is None:
+    if again is None:
         return None
-    low, high = interval(resampled * units.sizes, confidence)
+    low, high = interval(again * units.sizes, confidence)
     return tuple(zip(low.tolist(), high.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
-class _Correlation:
+class _Agreement:
     spearman: float
     interval: tuple[float, float] | None
     p: float
@@ -349,18 +342,18 @@ class _Correlation:
     top: float
 
 
-def _correlations(
+def _agreements(
     importance: Mapping[str, Float64[np.ndarray, " units"]],
     units: _Units,
-    resampled: Float64[np.ndarray, "resamples units"] | None,
+    again: Float64[np.ndarray, "resamples units"] | None,
     controls: set[str],
     confidence: float,
     draw: torch.Generator,
-) -> dict[str, _Correlation]:
+) -> dict[str, _Agreement]:
     names = list(importance)
     values = np.stack([importance[name] for name in names])
     observed = spearman(values, units.per_weight[None])[:, 0]
-    intervals = None if resampled is None else interval(spearman(resampled, values), confidence)
+    intervals = None if again is None else interval(spearman(again, values), confidence)
     permuted, exact = permutations(len(units.names), draw)
     by_chance = standard(values) @ standard(units.per_weight[None])[0][permuted].T
     judged = np.array([name not in controls for name in names])
@@ -370,7 +363,7 @@ def _correlations(
     result = {}
     for i, name in enumerate(names):
         tau = stats.kendalltau(values[i], units.per_weight).statistic
-        result[name] = _Correlation(
+        result[name] = _Agreement(
             spearman=float(observed[i]),
             interval=None if intervals is None else (float(intervals[0][i]), float(intervals[1][i])),
             p=share_above(by_chance[i], observed[i], exact),
@@ -381,7 +374,7 @@ def _correlations(
     return result
 
 
-class _Damage:
+class _Rounded:
     """Rounded weights of sites, kept as codes and made once: a curve needs them again and again."""
 
     def __init__(self, rounding: Rounding, bits: int) -> None:
@@ -395,24 +388,45 @@ class _Damage:
         return dequantize(self._records[site.name], weight.dtype)
 
 
+@dataclass(frozen=True)
+class _Order:
+    """An order of the units, the one that is damaged first in front."""
+
+    label: str
+    kind: str
+    units: list[int]
+
+
 class _Curves:
-    """Losses of the model with sets of units damaged, each set measured once."""
+    """Losses of the model while units are damaged one after another; each set of units is measured once."""
 
     def __init__(
-        self, model: nn.Module, text: Calibration, found: Structure, units: _Units, damage: str, change: Callable[[Site, Tensor], Tensor]
+        self,
+        model: nn.Module,
+        text: Calibration,
+        found: Structure,
+        units: _Units,
+        damage: str,
+        change: Callable[[Site, Tensor], Tensor],
+        steps: int,
     ) -> None:
-        self.model, self.text, self.found, self.units, self.damage, self.change = model, text, found, units, damage, change
+        self.model, self.text, self.found, self.units, self.damage, self.change, self.steps = (
+            model, text, found, units, damage, change, steps,
+        )  # fmt: skip
         self.documents = Documents.of(text)
         self.nats: dict[frozenset[int], Float64[np.ndarray, " documents"]] = {}
 
-    def run(self, sets: Sequence[frozenset[int]], progress: Progress | None) -> None:
-        """Measure all sets."""
-        distinct = list(dict.fromkeys([frozenset[int](), *sets]))
+    def run(self, orders: Sequence[_Order], progress: Progress | None) -> None:
+        """Measure all that the curves of these orders need."""
+        distinct = list(dict.fromkeys([frozenset[int](), *(chosen for order in orders for chosen in self._sets(order))]))
         with judging(self.model):
             whole = FromBlock(self.model, self.found.blocks, self.text)
             for chosen in track(distinct, "damage curves", len(distinct), progress):
                 with self._with(chosen):
                     self.nats[chosen] = self.documents.sums(whole.all_nats())
+
+    def _sets(self, order: _Order) -> list[frozenset[int]]:
+        return [frozenset(order.units[:k]) for k in self.units.stops(order.units, self.steps)]
 
     @contextmanager
     def _with(self, chosen: frozenset[int]) -> Iterator[None]:
@@ -434,39 +448,42 @@ class _Curves:
         """Nats a token."""
         return float(nats.sum() / self.documents.counts.sum())
 
-    def _rises(self, order: Sequence[int], stops: Sequence[int]) -> list[Float64[np.ndarray, " documents"]]:
-        return [self.nats[frozenset(order[:k])] - self.nats[frozenset()] for k in stops]
+    def _points(self, order: _Order) -> tuple[list[float], Float64[np.ndarray, "points documents"]]:
+        sets = self._sets(order)
+        return [self.units.share(sorted(chosen)) for chosen in sets], np.stack([self.nats[s] - self.nats[frozenset()] for s in sets])
 
-    def increases(self, order: Sequence[int], stops: Sequence[int]) -> tuple[float, ...]:
-        """Increase of the loss at each stop, nats a token."""
-        return tuple(self.per_token(rise) for rise in self._rises(order, stops))
+    def curve(self, order: _Order) -> AuditCurve:
+        """The damage curve of an order."""
+        shares, rises = self._points(order)
+        return AuditCurve(order.label, order.kind, tuple(shares), tuple(self.per_token(rise) for rise in rises))
 
-    def area(self, order: Sequence[int], stops: Sequence[int]) -> Float64[np.ndarray, " documents"]:
+    def area(self, order: _Order) -> Float64[np.ndarray, " documents"]:
         """Area under the curve of each document, in nats."""
-        return np.trapezoid(np.stack(self._rises(order, stops)), [self.units.share(order[:k]) for k in stops], axis=0)
+        shares, rises = self._points(order)
+        return np.trapezoid(rises, shares, axis=0)
 
-    def saved(
-        self,
-        area: Float64[np.ndarray, " documents"],
-        random: Float64[np.ndarray, " documents"],
-        weights: Float64[np.ndarray, "resamples documents"],
-        confidence: float,
-    ) -> tuple[float | None, tuple[float, float] | None]:
-        """Part of the area of random orders that is avoided, and its interval over resamples of the documents."""
-        if random.sum() <= 0:
-            return None, None
-        drawn = weights @ random
-        interval = None
-        if len(area) > 1 and (drawn > 0).all():
-            low, high = interval(1 - (weights @ area) / drawn, confidence)
-            interval = (float(low), float(high))
-        return float(1 - area.sum() / random.sum()), interval
+
+def _saved(
+    area: Float64[np.ndarray, " documents"],
+    by_chance: Float64[np.ndarray, " documents"],
+    weights: Float64[np.ndarray, "resamples documents"],
+    confidence: float,
+) -> tuple[float | None, tuple[float, float] | None]:
+    """Part of the area of random orders that is avoided, and its interval over resamples of the documents."""
+    if by_chance.sum() <= 0:
+        return None, None
+    saved = float(1 - area.sum() / by_chance.sum())
+    drawn = weights @ by_chance
+    if len(area) < 2 or not (drawn > 0).all():
+        return saved, None
+    low, high = interval(1 - (weights @ area) / drawn, confidence)
+    return saved, (float(low), float(high))
 
 
 def _verdict(
     rows: Sequence[AuditRow],
     importance: Mapping[str, Float64[np.ndarray, " units"]],
-    resampled: Float64[np.ndarray, "resamples units"] | None,
+    again: Float64[np.ndarray, "resamples units"] | None,
     settings: Mapping[str, Any],
     count: int,
 ) -> tuple[str | None, str]:
@@ -477,16 +494,16 @@ def _verdict(
     if not judged:
         return None, "Only controls were judged, so there is no score to trust."
     best = judged[0]
-    interval = ""
+    correlation = f"rank correlation {best.spearman:.2f}"
     if best.interval is not None:
-        interval = f", {settings['confidence']:.0%} interval {best.interval[0]:.2f} to {best.interval[1]:.2f}".replace("%", " %")
-    correlation = f"rank correlation {best.spearman:.2f}{interval}"
+        correlation += f", {100 * settings['confidence']:g} % interval {best.interval[0]:.2f} to {best.interval[1]:.2f}"
     chance = f"{100 * (best.p_adjusted or 0):.2g} %"
     if best.p_adjusted is None or best.p_adjusted > SIGNIFICANT:
         tried = f"the best of {len(judged)} random orders would" if len(judged) > 1 else "a random order would"
         return None, (
-            f"No score can be told from a random order on this model: the best, {best.scorer}, agrees with the damage measured by {how} in "
-            f"{count} {what} ({correlation}) no better than {tried} {chance} of the time; measure the damage itself, or give all equal bits."
+            f"No score can be told from a random order on this model: the best, {best.scorer}, agrees with the damage measured by {how} "
+            f"in {count} {what} ({correlation}) no better than {tried} {chance} of the time; measure the damage itself, or give all equal "
+            "bits."
         )
     saved = ""
     if best.saved is not None:
@@ -494,8 +511,9 @@ def _verdict(
             f"damaging by its order {'avoids' if best.saved >= 0 else 'adds'} {abs(100 * best.saved):.0f} % of the loss of random orders"
         )
         saved = f"; {saved}"
-    alike = _not_told_apart(best, judged[1:], importance, resampled, float(settings["confidence"]))
     useless = [row.scorer for row in judged if row.p_adjusted is not None and row.p_adjusted > SIGNIFICANT]
+    rivals = [row for row in judged[1:] if row.scorer not in useless]
+    alike = _not_told_apart(best, rivals, importance, again, float(settings["confidence"]))
     more = f"; on this text it cannot be told apart from {_listed(alike)}" if alike else ""
     more += f"; not to be told from random: {_listed(useless)}" if useless else ""
     sentence = f"Trust {best.scorer}: its order agrees with the damage measured by {how} in {count} {what} ({correlation}){saved}{more}."
@@ -506,16 +524,14 @@ def _not_told_apart(
     best: AuditRow,
     others: Sequence[AuditRow],
     importance: Mapping[str, Float64[np.ndarray, " units"]],
-    resampled: Float64[np.ndarray, "resamples units"] | None,
+    again: Float64[np.ndarray, "resamples units"] | None,
     confidence: float,
 ) -> list[str]:
     """Scorers that do at least as well as the best on more resamples of the documents than the confidence allows."""
-    if resampled is None:
+    if again is None:
         return []
-    leading = spearman(resampled, importance[best.scorer][None])[:, 0]
-    return [
-        row.scorer for row in others if (spearman(resampled, importance[row.scorer][None])[:, 0] >= leading).mean() > (1 - confidence) / 2
-    ]
+    leading = spearman(again, importance[best.scorer][None])[:, 0]
+    return [row.scorer for row in others if (spearman(again, importance[row.scorer][None])[:, 0] >= leading).mean() > (1 - confidence) / 2]
 
 
 def _listed(names: Sequence[str]) -> str:
