@@ -96,8 +96,8 @@ def run_peer(folder: Path) -> dict[str, float]:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.pipelines.sequential import SequentialPipeline
     from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     ids = load_file(folder / "ids.safetensors")["ids"]
@@ -125,7 +125,9 @@ def run_peer(folder: Path) -> dict[str, float]:
         model=model, processor=tokenizer, dataset=data, recipe=recipe, max_seq_length=ids.shape[1], num_calibration_samples=len(ids),
         batch_size=BATCH, shuffle_calibration_samples=False, pipeline="sequential",
     )  # fmt: skip
-    layers = {n: m.weight.detach().clone().contiguous() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
+    layers = {
+        n: m.weight.detach().clone().contiguous() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n
+    }
     save_file(layers, folder / "peer.safetensors")
     return spent
 

@@ -65,7 +65,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--blocks", str(blocks), "--spilled", str(int(spilled))]
         rows.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
         row = rows[-1]
-        print(f"{blocks} blocks, inputs {'on disk' if spilled else 'in memory'}: {row['peak'] / 2**20:.0f} MB of {row['bound'] / 2**20:.0f} MB allowed")
+        where = "on disk" if spilled else "in memory"
+        print(f"{blocks} blocks, inputs {where}: {row['peak'] / 2**20:.0f} MB of {row['bound'] / 2**20:.0f} MB allowed", flush=True)
     growth = rows[2]["peak"] / rows[1]["peak"] - 1
     print(f"24 blocks take {100 * growth:+.1f} % against 12")
     options.output.write_text(json.dumps({"rows": rows, "growth": growth}, indent=1))

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, inputs
 from torch import Tensor, nn
 
+from families import build, inputs
 from whatmatters.core import catalog
 from whatmatters.core.catalog import Entry
 from whatmatters.core.data import Calibration

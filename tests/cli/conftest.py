@@ -1,7 +1,7 @@
 """What the command-line tests share: tiny models in folders with a tokenizer, a text, and a way to run a command."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,7 +68,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run() -> Iterator[Callable[..., Result]]:
+def run() -> Callable[..., Result]:
     """Run a command in this process: its exit code must be as told, and nothing that looks like a traceback may be printed."""
 
     def invoke(*arguments: object, code: int = 0) -> Result:
@@ -79,7 +79,7 @@ def run() -> Iterator[Callable[..., Result]]:
         assert torch.equal(before, torch.get_rng_state())
         return result
 
-    yield invoke
+    return invoke
 
 
 SMALL = ("--samples", "6", "--length", "16")

@@ -62,8 +62,8 @@ def test_settings_of_the_method_are_options(run, work, tiny, text, small):
 
 
 def test_settings_may_stand_before_the_model(run, work, tiny, text, small):
-    line = ("quantize", "--damping", "0.05", "--method=gptq", tiny, "--bits", "3", *GROUP, "--text", text, *small, "--no-evaluate", "-o", "o")
-    assert json.loads(run(*line, "--json").stdout)["settings"]["damping"] == 0.05
+    line = ("quantize", "--damping", "0.05", "--method=gptq", tiny, "--bits", "3", *GROUP, "--text", text, *small, "--no-evaluate")
+    assert json.loads(run(*line, "-o", "out", "--json").stdout)["settings"]["damping"] == 0.05
 
 
 def test_report_beside_the_checkpoint_holds_nothing_of_this_run(run, work, tiny, text, small):
@@ -203,7 +203,8 @@ def test_ratio_plan_with_repair(run, work, tiny, text, small):
     found = structure(load(tiny)[0])
     scores = Scores("layer", {b: torch.tensor(float(i)) for i, b in enumerate(found.blocks)}, "mine", {}, structure=found)
     allocation.ratios(scores, 0.5).save(work / "plan.json")
-    told = json.loads(run("prune", tiny, "--plan", "plan.json", "--repair", "sparsegpt", "--text", text, *small, "-o", "o", "--json").stdout)
+    line = ("prune", tiny, "--plan", "plan.json", "--repair", "sparsegpt", "--text", text, *small)
+    told = json.loads(run(*line, "-o", "out", "--json").stdout)
     shares = [row["sparsity"] for row in told["rows"]]
     assert shares[0] > shares[-1]
 

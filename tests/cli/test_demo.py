@@ -41,7 +41,7 @@ def test_everything_is_written(run):
 
 def test_the_arms_the_job_asks_for_are_there(run):
     arms = {arm["id"]: arm for arm in run[1]["arms"]}
-    assert set(arms) == {"dense", "rtn", "gptq", "rsq", "rsq-unrotated", "mixed-scores", "mixed-optimum", "mixed-random"}
+    assert set(arms) == {"dense", "rtn", "gptq", "rsq", "rsq-unrotated", "mixed-scores", "mixed-optimum", "mixed-random-1"}
     for name, arm in arms.items():
         if name == "dense":
             continue
@@ -50,10 +50,10 @@ def test_the_arms_the_job_asks_for_are_there(run):
         assert arm["low"] <= arm["change"] <= arm["high"]
         assert arm["bytes"] < arms["dense"]["bytes"]
     assert all(set(arms[name]["levels"].values()) == {3} for name in ("rtn", "gptq", "rsq", "rsq-unrotated"))
-    for name in ("mixed-scores", "mixed-optimum", "mixed-random"):
+    for name in ("mixed-scores", "mixed-optimum", "mixed-random-1"):
         assert set(arms[name]["levels"].values()) <= {2, 3, 4, 8}
         assert arms[name]["bits"] <= 3.5
-    assert arms["mixed-random"]["role"] == "control"
+    assert arms["mixed-random-1"]["role"] == "control"
     assert arms["rsq"]["bytes"] > arms["rsq-unrotated"]["bytes"]
     assert "embeddings" in arms["rsq"]["note"]
 

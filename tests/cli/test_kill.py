@@ -40,7 +40,7 @@ def whole(three, text, tmp_path_factory):
 
 def environment() -> dict[str, str]:
     """Other numbers of threads give other bits, and are refused."""
-    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def start(folder: Path, *line: str, helper: tuple[str, ...] = ("-m", "whatmatters")) -> subprocess.Popen[str]:
@@ -101,6 +101,7 @@ def test_other_points(run, tmp_path, monkeypatch, three, text, whole, point):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_twenty_kills(run, tmp_path, monkeypatch, saved, text):
     """Killed at a moment drawn after the first block's checkpoint, again and again over the same run, until it is through."""
     model = saved(tmp_path / "model", layers=8, hidden=128, intermediate=384)

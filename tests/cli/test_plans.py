@@ -55,9 +55,8 @@ def test_score_needs_its_text_and_a_known_scorer(run, work, tiny):
 
 
 def test_plan_for_several_budgets_is_what_allocation_makes(run, work, layers):
-    told = json.loads(
-        run("plan", "scores.safetensors", "--average-bits", "4.5", "--average-bits", "5", "--group-size", "16", "-o", "plan.json", "--json").stdout
-    )
+    line = ("plan", "scores.safetensors", "--average-bits", "4.5", "--average-bits", "5", "--group-size", "16")
+    told = json.loads(run(*line, "-o", "plan.json", "--json").stdout)
     for value, shown in zip(("4.5", "5.0"), told["plans"], strict=True):
         plan = Plan.load(work / f"plan-{value}.json")
         expected = allocation.bits(layers, float(value), (2, 3, 4, 8), group_size=16)
@@ -113,7 +112,8 @@ def test_plan_for_every_tool_writes_its_own_file(run, work, tool, saved):
     from families import build
 
     found = structure(build("llama", hidden=256, intermediate=512))
-    Scores("layer", {b: torch.tensor(float(i)) for i, b in enumerate(found.blocks)}, "mine", {}, structure=found).save(work / "s.safetensors")
+    values = {block: torch.tensor(float(i)) for i, block in enumerate(found.blocks)}
+    Scores("layer", values, "mine", {}, structure=found).save(work / "s.safetensors")
     group = "32" if tool.group_sizes is None or 32 in tool.group_sizes else str(tool.group_sizes[0])
     result = run("plan", "s.safetensors", "--average-bits", "5.5", "--group-size", group, "--for", tool.name, "-o", "plan.json")
     assert (work / f"plan-{tool.file}").stat().st_size > 0

@@ -1,12 +1,13 @@
 """What capture sees against what the library's own attention and expert loops compute."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, inputs
 from torch import Tensor, nn
 
+from families import FAMILIES, build, inputs
 from whatmatters.core.capture import attention_queries, attention_received, settings_of, site_inputs
 from whatmatters.core.data import call_model
 from whatmatters.core.sites import structure
@@ -19,12 +20,13 @@ def test_inputs_of_every_site_explain_its_output(family: str) -> None:
     seen: dict[str, list[Tensor]] = {}
     plain = {s.name: s for s in found.sites if s.index is None}
     outputs: dict[str, Tensor] = {}
-    handles = [
-        model.get_submodule(n).register_forward_hook(lambda m, a, out, n=n: outputs.__setitem__(n, out.detach())) for n in plain
-    ]
-    with torch.no_grad(), settings_of(model, _experts_implementation="eager"):
-        with site_inputs(model, found.sites, lambda name, x, rows: seen.setdefault(name, []).append(x)):
-            call_model(model, ids)
+    handles = [model.get_submodule(n).register_forward_hook(lambda m, a, out, n=n: outputs.__setitem__(n, out.detach())) for n in plain]
+    with (
+        torch.no_grad(),
+        settings_of(model, _experts_implementation="eager"),
+        site_inputs(model, found.sites, lambda name, x, rows: seen.setdefault(name, []).append(x)),
+    ):
+        call_model(model, ids)
     for handle in handles:
         handle.remove()
     assert plain.keys() <= seen.keys()
@@ -42,9 +44,12 @@ def test_experts_see_the_tokens_routed_to_them() -> None:
     handle = experts.register_forward_pre_hook(lambda m, args: routed.append((args[0], args[1])))
     seen: dict[str, tuple[Tensor, Tensor | None]] = {}
     sites = [s for s in found.sites if s.index is not None and s.block == "model.layers.0"]
-    with torch.no_grad(), settings_of(model, _experts_implementation="eager"):
-        with site_inputs(model, sites, lambda name, x, rows: seen.__setitem__(name, (x, rows))):
-            call_model(model, ids)
+    with (
+        torch.no_grad(),
+        settings_of(model, _experts_implementation="eager"),
+        site_inputs(model, sites, lambda name, x, rows: seen.__setitem__(name, (x, rows))),
+    ):
+        call_model(model, ids)
     handle.remove()
     hidden, chosen = routed[0]
     for expert in range(4):
@@ -60,10 +65,20 @@ def test_experts_see_the_tokens_routed_to_them() -> None:
 def test_settings_are_restored_after_a_raise() -> None:
     model = build("llama")
     before = model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="stop"), attention_queries(model, lambda *args: None):
+    with attention_queries(model, lambda *args: None):
         assert model.config._attn_implementation != before
+
+    def stop(*args: object) -> None:
         raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        call_listening(model, stop)
     assert model.config._attn_implementation == before
+
+
+def call_listening(model: nn.Module, listener: Any) -> None:
+    with torch.no_grad(), attention_queries(model, listener):
+        call_model(model, inputs("llama"))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mixtral"])

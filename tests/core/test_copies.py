@@ -4,8 +4,8 @@ import copy
 import pickle
 
 import torch
-from families import build
 
+from families import build
 from whatmatters.core.plans import Plan
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure

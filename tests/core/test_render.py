@@ -63,7 +63,7 @@ def test_figures_escape_titles_descriptions_and_labels():
         axes.set_xticks([0], [HOSTILE])
         axes.annotate(HOSTILE, (0, 0))
 
-    made = figure(paint, title=HOSTILE, description=HOSTILE)
+    made = figure(paint, title=HOSTILE, description=HOSTILE, width=2000, height=1500)
     tags = {tag for tag, _ in Elements(made).tags}
     assert "script" not in tags
     assert "<!--" not in made

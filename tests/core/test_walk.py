@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, inputs
 from torch import Tensor, nn
 
 import whatmatters.core.walk as walk_module
+from families import FAMILIES, build, inputs
 from whatmatters.core.data import Calibration, call_model
 from whatmatters.core.errors import FileError, ModelError, NonFiniteError, ResumeError
 from whatmatters.core.sites import structure

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from whatmatters.pages.report import page
 from whatmatters.pages.results import (
     Arm,
     Audit,
@@ -38,9 +39,9 @@ ARMS = (
 CODE = 'def parse(line, *, strict=False):\n    """Split a header."""\n    if not line:\n        raise ValueError("empty line")\n' * 4
 
 
-def make() -> Results:
+def make(blocks_count: int = 6) -> Results:
     draw = random.Random(0)
-    blocks = tuple(f"model.layers.{i}" for i in range(6))
+    blocks = tuple(f"model.layers.{i}" for i in range(blocks_count))
     sites = tuple(Site(f"{block}.{part}", i, size) for i, block in enumerate(blocks) for part, size in PARTS.items())
     groups = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"),
               ("mlp.down_proj",))  # fmt: skip
@@ -104,9 +105,14 @@ def _pieces(text: str) -> list[str]:
     return [text[i : i + 4] for i in range(0, len(text), 4)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def results() -> Results:
     return make()
+
+
+@pytest.fixture(scope="session")
+def html(results) -> str:
+    return page(results)
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, inputs
 from torch import Tensor, nn
 
+from families import FAMILIES, build, inputs
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import InputError, InputTypeError, ModelError, NonFiniteError, WhatMattersError
 from whatmatters.core.formats import attached, dequantize
@@ -33,7 +33,9 @@ def gram(x: Tensor) -> Tensor:
     return x.double().T @ x.double()
 
 
-def solve(weight: Tensor, hessian: Tensor, bits: int = 3, settings: GridSettings = SETTINGS, act_order: bool = False, damping: float = 0.01) -> Tensor:
+def solve(
+    weight: Tensor, hessian: Tensor, bits: int = 3, settings: GridSettings = SETTINGS, act_order: bool = False, damping: float = 0.01
+) -> Tensor:
     grid = fit_grid(weight, bits, settings, weight.dtype)
     codes, _ = round_with_hessian([weight], [grid], hessian, damping=damping, act_order=act_order)
     return codes[0]
@@ -134,7 +136,7 @@ def test_every_family_is_rounded_to_its_grid(family: str, quantize: Any) -> None
     report = quantize(model, data(family), bits=3, group_size=8, allow_uncovered=True)
     found = structure(model)
     grids = attached(model)
-    assert [row["site"] for row in report.rows] and {row["site"] for row in report.rows} == {s.name for s in found.sites}
+    assert {row["site"] for row in report.rows} == {s.name for s in found.sites}
     for site in found.sites:
         view = site.view(model)
         grid = grids[site.name]
@@ -268,7 +270,9 @@ def test_plans_of_another_kind_are_refused() -> None:
     from whatmatters.core.plans import Plan
 
     model = build("llama")
-    ratios = Plan(kind="ratio", values={s.name: 0.5 for s in structure(model).sites}, budget={"sparsity": 0.5}, account={}, method="x", settings={})
+    ratios = Plan(
+        kind="ratio", values={s.name: 0.5 for s in structure(model).sites}, budget={"sparsity": 0.5}, account={}, method="x", settings={}
+    )
     with pytest.raises(InputTypeError, match="kind 'bits'"):
         rtn(model, bits=ratios, group_size=8)
 

@@ -17,7 +17,9 @@ from whatmatters.core.errors import UnknownNameError
 
 
 def list_methods(
-    slug: Annotated[str | None, typer.Argument(metavar="[SLUG]", help="A method, baseline or scorer, to be told everything about it.")] = None,
+    slug: Annotated[
+        str | None, typer.Argument(metavar="[SLUG]", help="A method, baseline or scorer, to be told everything about it.")
+    ] = None,
     job: Annotated[str | None, typer.Option("--job", help="Only those of one job: score, quantize, prune.")] = None,
     json: options.Json = False,
 ) -> None:
@@ -53,12 +55,19 @@ def _described(entry: Entry) -> dict[str, Any]:
         {"option": option_name(p), "default": None if p.default is p.empty else repr(p.default), "annotation": str(p.annotation)}
         for p in settings_of(entry).values()
     ]
-    return {**{name: getattr(entry, name) for name in fields}, "summary": entry.summary, "settings": settings, "evidence": evidence(entry.slug)}
+    return {
+        **{name: getattr(entry, name) for name in fields},
+        "summary": entry.summary,
+        "settings": settings,
+        "evidence": evidence(entry.slug),
+    }
 
 
 def _page(entry: Entry) -> str:
     paper = f"arXiv {entry.paper}, https://arxiv.org/abs/{entry.paper}" if entry.paper else "none"
-    settings = [(option_name(p), "" if p.default is p.empty else repr(p.default)) for p in settings_of(entry).values() if p.name not in PLUMBING]
+    settings = [
+        (option_name(p), "" if p.default is p.empty else repr(p.default)) for p in settings_of(entry).values() if p.name not in PLUMBING
+    ]
     parts = [
         f"{entry.slug} ({entry.kind}, job {entry.job}, unit {entry.unit})",
         f"paper: {paper}",

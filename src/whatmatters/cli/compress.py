@@ -3,24 +3,22 @@
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from whatmatters.cli import inputs, judge, options
-from whatmatters.cli.console import Output, spoken_duration, spoken_size, table
+from whatmatters.cli.console import Output, spoken_duration, spoken_size
 from whatmatters.cli.settings import SettingsCommand, accepted, given_settings, option_value
 from whatmatters.core.catalog import Entry, get_method, get_scorer
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from whatmatters.cli.run_folder import RunFolder
     from whatmatters.core.data import Calibration
-    from whatmatters.core.evaluate import Difference, Measurement
     from whatmatters.core.plans import Plan
     from whatmatters.core.report import Report
     from whatmatters.core.scores import Scores
@@ -37,9 +35,9 @@ DEFAULT_LEVELS = (2, 3, 4, 8)
 def chosen_method(job: str, name: str | None, text: str | None, plan: object = None) -> Entry:
     """The method that was named, or the one for what is at hand; a plan for pruning is applied as it is unless a method is named."""
     if job == "prune" and plan is not None and name is None:
-        from whatmatters import prune
+        from whatmatters.prune.apply import apply
 
-        return Entry("apply", prune.apply, "method", "prune", "weight", needs_text=False)
+        return Entry("apply", apply, "method", "prune", "weight", needs_text=False)
     return get_method(name or (WITH_TEXT if text is not None else WITHOUT_TEXT)[job], job)
 
 
@@ -121,7 +119,10 @@ def quantize(
     """Quantize a model: give --bits, a --plan, or --average-bits. Settings of the method are options too: --rotate none, --act-order."""
     chosen = options.exactly_one(bits=bits, plan=plan, average_bits=average_bits)
     widths = None if levels is None else options.whole_numbers(levels, "--levels")
-    job = Job(model, output, text, judge, field, samples, length, seed, format, allow_uncovered, no_evaluate, trust_remote_code, dry_run, resume, overwrite)  # fmt: skip
+    job = Job(
+        model, output, text, judge, field, samples, length, seed, format, allow_uncovered, no_evaluate, trust_remote_code, dry_run, resume,
+        overwrite,
+    )  # fmt: skip
     with Output(json) as out:
         entry = chosen_method("quantize", method, text)
         action = _Quantizing(entry, job, bits, average_bits, widths, layer_scores, how, count, given_settings())
@@ -154,7 +155,10 @@ def prune(
     settings = given_settings()
     if pattern_in(settings) is None or sparsity is not None or plan is not None:
         options.exactly_one(sparsity=sparsity, plan=plan)
-    job = Job(model, output, text, judge, field, samples, length, seed, format, allow_uncovered, no_evaluate, trust_remote_code, dry_run, resume, overwrite)  # fmt: skip
+    job = Job(
+        model, output, text, judge, field, samples, length, seed, format, allow_uncovered, no_evaluate, trust_remote_code, dry_run, resume,
+        overwrite,
+    )  # fmt: skip
     with Output(json) as out:
         entry = chosen_method("prune", method, text, plan)
         action = _Pruning(entry, job, sparsity, settings)
@@ -248,7 +252,7 @@ class _Quantizing:
     def request(self) -> dict[str, Any]:
         """What was asked for, JSON-able."""
         plan = None if self.plan is None else {"values": dict(self.plan.values), "budget": dict(self.plan.budget)}
-        named = {"bits": self.bits, "plan": plan, "group_size": self.group_size, "symmetric": self.symmetric}
+        named: dict[str, Any] = {"bits": self.bits, "plan": plan, "group_size": self.group_size, "symmetric": self.symmetric}
         if self.average is not None:
             scores = self.layer_scores if self.scores is None else {n: v.tolist() for n, v in self.scores.values.items()}
             named |= {"average_bits": self.average, "levels": self._levels(), "layer_scores": scores, "how": self.how, "count": self.count}
@@ -280,7 +284,7 @@ class _Quantizing:
             check_savable(subject.model, levels, group_size=self.group_size, symmetric=self.symmetric, format=self.job.format)
             given["bits"] = plan
         chosen = accepted(self.entry, **given, **common)
-        return self.entry.function(subject.model, calibration, **{**chosen, **self.settings})  # type: ignore[no-any-return]
+        return self.entry.function(subject.model, calibration, **{**chosen, **self.settings})
 
 
 class _Pruning:
@@ -299,7 +303,9 @@ class _Pruning:
         if self.plan is not None and self.plan.kind == "mask" and self.entry.slug != "apply":
             raise typer.BadParameter("the plan's masks say which weights go: leave out --method", param_hint="--method")
         if self.plan is not None and self.plan.kind not in ("mask", "ratio"):
-            raise InputTypeError(f"{plan} is a plan of kind {self.plan.kind!r}; pruning takes 'mask' or 'ratio' (plan --sparsity makes them)")
+            raise InputTypeError(
+                f"{plan} is a plan of kind {self.plan.kind!r}; pruning takes 'mask' or 'ratio' (plan --sparsity makes them)"
+            )
 
     def check(self, shapes: "nn.Module", found: "Structure") -> dict[str, Any]:
         """Refuse a share that does not fit; returns what is known of the plan before any work."""
@@ -328,7 +334,7 @@ class _Pruning:
         """Prune."""
         how = {"plan": self.plan, "sparsity": self.sparsity if self.plan is None else self.plan}
         given = accepted(self.entry, calibration=calibration, **how, **common)
-        return self.entry.function(subject.model, **{**given, **self.settings})  # type: ignore[no-any-return]
+        return self.entry.function(subject.model, **{**given, **self.settings})
 
 
 def pattern_in(settings: Mapping[str, Any]) -> str | None:
@@ -379,7 +385,9 @@ def perform(out: Output, entry: Entry, job: Job, action: _Quantizing | _Pruning)
     if "online" in action.settings.values():
         from whatmatters.core.errors import FormatError
 
-        raise FormatError("a rotation that the model computes as it runs has no place in a checkpoint; choose one that folds into the weights")
+        raise FormatError(
+            "a rotation that the model computes as it runs has no place in a checkpoint; choose one that folds into the weights"
+        )
     run = RunFolder(out, job.output, resume=job.resume, overwrite=job.overwrite)
     inputs.check_text(job.text, job.field)
     inputs.check_text(job.judge, job.field)
@@ -388,9 +396,7 @@ def perform(out: Output, entry: Entry, job: Job, action: _Quantizing | _Pruning)
     if job.dry_run:
         _estimate(out, entry, job, action, shapes, found, planned)
         return
-    subject = inputs.load_subject(
-        job.model, out, trust_remote_code=job.trust_remote_code, allow_uncovered=job.allow_uncovered
-    )
+    subject = inputs.load_subject(job.model, out, trust_remote_code=job.trust_remote_code, allow_uncovered=job.allow_uncovered)
     calibration, judged = _windows(subject, job)
     request = _request(entry, action, subject, calibration, judged)
     if (finished := run.finished(request)) is not None:

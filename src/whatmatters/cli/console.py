@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from whatmatters.core.errors import WhatMattersError
 
@@ -83,7 +83,7 @@ def _finite(value: Any) -> Any:
 class ProgressLines:
     """Progress as plain lines: for files and pipes."""
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: Any) -> None:
         self.stream = stream
         self.began: dict[str, float] = {}
         self.last = 0.0
@@ -105,7 +105,7 @@ class ProgressLines:
 class ProgressBars:
     """Progress as bars with the time left: for terminals."""
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: Any) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

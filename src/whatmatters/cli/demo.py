@@ -39,6 +39,7 @@ from whatmatters.quantize.gptq import gptq
 from whatmatters.quantize.rsq import rsq
 from whatmatters.quantize.rtn import rtn
 from whatmatters.score.audit import Audit, audit
+from whatmatters.score.random import random
 from whatmatters.score.tokens import score_tokens
 
 __all__ = ["run_demo", "summary_table"]
@@ -68,14 +69,25 @@ class Sizes:
     reloaded: int
     steps: int
     orders: int
+    draws: int
     scorers: tuple[str, ...] | None
 
 
 FULL = Sizes(
-    length=256, calibration=64, choosing=40, judging=80, per_document=3, new_tokens=56, reloaded=4, steps=4, orders=4, scorers=None
+    length=256, calibration=64, choosing=40, judging=80, per_document=3, new_tokens=56, reloaded=4, steps=4, orders=4, draws=3, scorers=None
 )
 QUICK = Sizes(
-    length=64, calibration=8, choosing=4, judging=8, per_document=1, new_tokens=8, reloaded=2, steps=2, orders=1, scorers=QUICK_SCORERS
+    length=64,
+    calibration=8,
+    choosing=4,
+    judging=8,
+    per_document=1,
+    new_tokens=8,
+    reloaded=2,
+    steps=2,
+    orders=1,
+    draws=1,
+    scorers=QUICK_SCORERS,
 )
 
 
@@ -149,11 +161,11 @@ def run_demo(
         _say(console, f"{embedded.interpreter()}, test files {embedded.split_digest('test')[:16]}, {texts.judging.tokens:,} tokens judged")
         with clock.stage("audit of the scores"):
             audited = audit(
-                model, texts.calibrating, texts.choosing, scorers=sizes.scorers, group_size=GROUP_SIZE, steps=sizes.steps, orders=sizes.orders,
-                seed=derived(seed, "audit"), structure=found, progress=progress,
+                model, texts.calibrating, texts.choosing, scorers=sizes.scorers, group_size=GROUP_SIZE,
+                steps=sizes.steps, orders=sizes.orders, seed=derived(seed, "audit"), structure=found, progress=progress,
             )  # fmt: skip
         with clock.stage("plans"):
-            plans = _plans(audited, found)
+            plans = _plans(model, audited, found, sizes.draws, seed)
         with clock.stage("arms"):
             made = _arms(model, tokenizer, texts, found, _recipes(texts.calibrating, found, plans, seed), seed, progress)
         best = choose(made)
@@ -190,7 +202,7 @@ def run_demo(
                 "levels": list(LEVELS), "group_size": GROUP_SIZE, "symmetric": True, "tokens_in_a_window": sizes.length,
             },
             versions=versions(),
-            commands=_commands(output),
+            commands=_commands(output, audited.best or "quantization-error"),
             notes=_notes(made),
         )  # fmt: skip
         results.save(folder)
@@ -236,14 +248,17 @@ def _texts(tokenizer: Any, sizes: Sizes, seed: int) -> tuple[Texts, tuple[Any, .
     )
 
 
-def _plans(audited: Audit, found: Structure) -> dict[str, Plan]:
-    """Bits by the best score's order, by the optimum of the loss table, and at random."""
+def _plans(model: nn.Module, audited: Audit, found: Structure, draws: int, seed: int) -> dict[str, Plan]:
+    """Bits by the order of the score to trust, by the optimum of the loss table, and by random orders."""
     best = audited.best or next(row.scorer for row in audited.rows if not row.control)
     settings: dict[str, Any] = {"average": AVERAGE, "levels": LEVELS, "structure": found, "group_size": GROUP_SIZE}
     return {
         "mixed-scores": allocation.bits(audited.scores[best], **settings),
         "mixed-optimum": allocation.bits(audited.scores["quantization-error"], how="optimum", **settings),
-        "mixed-random": allocation.bits(audited.scores["random"], **settings),
+        **{
+            f"mixed-random-{i}": allocation.bits(random(model, by="site", structure=found, seed=derived(seed, "random", i)), **settings)
+            for i in range(1, draws + 1)
+        },
     }
 
 
@@ -273,8 +288,8 @@ def _recipes(text: Calibration, found: Structure, plans: Mapping[str, Plan], see
     ]
     mixed = (
         ("mixed-scores", f"by {plans['mixed-scores'].method}", "method"),
-        ("mixed-optimum", "optimum", "method"),
-        ("mixed-random", "random order", "control"),
+        ("mixed-optimum", f"optimum of {plans['mixed-optimum'].method}", "method"),
+        *((id, f"random order {number}", "control") for number, id in enumerate((id for id in plans if "random" in id), 1)),
     )
 
     def spend(plan: Plan) -> Callable[[nn.Module], Report]:
@@ -349,19 +364,23 @@ def _reason(made: list[Made], best: Made) -> str:
     for m in _comparable(made)[1]:
         better = m.chosen < best.chosen
         told += f" “{m.part.label}” did not compete: it takes {megabytes(m.part.bytes)}{', for a lower perplexity' if better else ''}."
+    by_id = {m.part.id: m for m in made}
+    if {"mixed-scores", "mixed-optimum"} <= by_id.keys() and by_id["mixed-optimum"].chosen > by_id["mixed-scores"].chosen:
+        told += " An exact optimum is as good as the loss table it is of, and the audit ranks that one lower."
     return told
 
 
 def _tokens(model: nn.Module, tokenizer: Any, found: Structure, length: int) -> Tokens:
-    """Attention concentration on the beginning of a test file, in the middle block."""
-    file = next(file for file in embedded.library_files("test") if file.stat().st_size > 20 * length)
-    window = windows(tokenizer, [file.read_text(encoding="utf-8")], length, limit=1)
+    """Attention concentration in the middle block, on a window from the middle of a test file: files begin with licences and names."""
+    file = next(file for file in embedded.library_files("test") if file.stat().st_size > 200 * length)
+    cut = windows(tokenizer, [file.read_text(encoding="utf-8")], length)
+    window = Calibration.from_tensors(cut.inputs[len(cut) // 2][None], source=file.name)
     block = found.blocks[len(found.blocks) // 2]
     scores = score_tokens(model, window, "attention-concentration", structure=found)
     values = scores.values[block][0].tolist()
     pieces = [tokenizer.decode([token]) for token in window.inputs[0].tolist()]
     return Tokens(
-        scores.method, found.blocks.index(block), f"the beginning of {file.name}, one of the test files",
+        scores.method, found.blocks.index(block), f"the middle of {file.name}, one of the test files",
         tuple(Token(piece, value) for piece, value in zip(pieces, values, strict=True)),
     )  # fmt: skip
 
@@ -392,21 +411,20 @@ def _judged(values: Tensor, valid: Tensor | None) -> Tensor:
     return values if valid is None else values[valid]
 
 
-def _commands(output: Path) -> tuple[Command, ...]:
+def _commands(output: Path, scorer: str) -> tuple[Command, ...]:
     checkpoint = shlex.quote(os.fspath(output / "model"))
+    code = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained({os.fspath(output / 'model')!r}))"
     return (
-        Command("Load the checkpoint of this run with transformers alone", (
-            f'python -c "from transformers import AutoModelForCausalLM as M; print(M.from_pretrained({os.fspath(output / "model")!r}))"'
-        )),
-        Command("Judge it on a text of your own", f"whatmatters evaluate {checkpoint} --text my.jsonl"),
+        Command("Load the checkpoint of this run with transformers alone", f"python -c {shlex.quote(code)}"),
+        Command("Measure it once more, against the original", f"whatmatters evaluate {checkpoint} --text default --against default"),
         Command("Which score tells the truth about your model", "whatmatters audit MODEL --text my.jsonl"),
         Command(
             "Spend 3.5 bits a weight on it, where they matter",
-            "whatmatters quantize MODEL --average-bits 3.5 --levels 2,3,4,8 --layer-scores quantization-error \\\n"
+            f"whatmatters quantize MODEL --average-bits {AVERAGE} --levels 2,3,4,8 --layer-scores {scorer} \\\n"
             "    --text my.jsonl --output smaller",
         ),
         Command("Score once, plan for any budget", (
-            "whatmatters score MODEL --scorer quantization-error --text my.jsonl -o scores\n"
+            f"whatmatters score MODEL --scorer {scorer} --text my.jsonl -o scores\n"
             "whatmatters plan scores --average-bits 3.25 -o plan.json\n"
             "whatmatters quantize MODEL --plan plan.json --text my.jsonl --output smaller"
         )),

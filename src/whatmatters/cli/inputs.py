@@ -190,4 +190,3 @@ def judged_windows(subject: Subject, documents: Sequence[str], *, length: int | 
     cut = windows(subject.tokenizer, documents, window_length(subject.model, length), limit=limit, per_document=each)
     check_fits(subject.model, cut)
     return cut
-

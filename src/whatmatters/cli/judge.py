@@ -69,7 +69,8 @@ def evaluate(
         str | None, typer.Option("--against", metavar="MODEL", help="The original: adds the difference, KL and agreement of first choices.")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option("--stride", min=1, help="Overlapping windows, each this many tokens after the one before: more context, slower.")
+        int | None,
+        typer.Option("--stride", min=1, help="Overlapping windows, each this many tokens after the one before: more context, slower."),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", min=1, help="Judge this many windows. Default: the whole text.")] = None,
     length: options.Length = None,
@@ -80,7 +81,7 @@ def evaluate(
     json: options.Json = False,
 ) -> None:
     """Perplexity of a model on a text, and how far it is from its original, with a confidence interval."""
-    from whatmatters.core.evaluate import compare, evaluate, paired_bootstrap
+    from whatmatters.core.evaluate import evaluate, paired_bootstrap
 
     with Output(json) as out:
         inputs.check_text(text, field)
@@ -111,9 +112,11 @@ def evaluate(
             result = {"model": model, "against": against, **measurement.summary(), "original": first.summary()}
             result["damage"] = damage(first, measurement, seed)
             if measurement.divergence is not None:
-                _, *interval = paired_bootstrap(measurement.divergence, measurement.counts.astype(float), seed=seed)
-                result["kl_interval"] = interval if len(measurement.counts) > 1 else None
-        out.say(f"perplexity {measurement.perplexity:.6g}, {measurement.loss:.4g} nats a token, first choice right {measurement.accuracy:.1%}")
+                _, *around = paired_bootstrap(measurement.divergence, measurement.counts.astype(float), seed=seed)
+                result["kl_interval"] = around if len(measurement.counts) > 1 else None
+        out.say(
+            f"perplexity {measurement.perplexity:.6g}, {measurement.loss:.4g} nats a token, first choice right {measurement.accuracy:.1%}"
+        )
         out.say(f"judged: {measurement.tokens} tokens of {len(measurement.counts)} {measurement.unit}s")
         if against is not None:
             out.say(f"{against}: {sentence(result['damage'])}")

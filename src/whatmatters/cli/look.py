@@ -44,7 +44,10 @@ def scan(
         out.say(table(("site", "shape", "max/rms", "kurtosis", *(f"error {b} bits" for b in quantized)), rows))
         out.say()
         out.say(found.summary())
-        following = [f"whatmatters audit {model} --text FILE", f"whatmatters quantize {model} --method rsq --bits 3 --text FILE --output DIR"]
+        following = [
+            f"whatmatters audit {model} --text FILE",
+            f"whatmatters quantize {model} --method rsq --bits 3 --text FILE --output DIR",
+        ]
         out.finish(found.to_json() | {"model": model}, following=following)
 
 
@@ -62,11 +65,14 @@ def audit(
         Literal["quantize", "skip"], typer.Option("--damage", help="Round to --bits, or leave out (only blocks).")
     ] = "quantize",
     bits: Annotated[int, typer.Option("--bits", help="Width that damaged weights are rounded to.")] = 2,
-    group_size: Annotated[int | None, typer.Option("--group-size", help="Inputs that share a scale. Default: 128 where that divides.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option("--group-size", help="Inputs that share a scale. Default: 128 where that divides.")
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=2, help="Points of the damage curves.")] = 4,
     orders: Annotated[int, typer.Option("--orders", min=1, help="Random orders to compare with.")] = 4,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for audit.json, audit.svg and the scores, to make plans from.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for audit.json, audit.svg and the scores, to make plans from."),
     ] = None,
     field: options.Field = "text",
     samples: options.Samples = 128,

@@ -62,7 +62,9 @@ app = typer.Typer(
 @app.callback()
 def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error came from.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=lambda value: _version(value))] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=lambda value: _version(value))
+    ] = False,
 ) -> None:
     """Options of every command."""
 

@@ -74,7 +74,13 @@ def score(
             out.say(table(("most important", "score"), [(name, float(stakes.values[name])) for name in order[:SHOWN]]))
         out.say(f"written: {output}")
         budget = "--sparsity 0.5" if scores.unit == "weight" else "--average-bits 3.5"
-        result = {"output": str(output), "scorer": entry.slug, "unit": scores.unit, "scale": scores.scale, "settings": dict(scores.settings)}
+        result = {
+            "output": str(output),
+            "scorer": entry.slug,
+            "unit": scores.unit,
+            "scale": scores.scale,
+            "settings": dict(scores.settings),
+        }
         plan_name = output.with_name("plan.safetensors" if scores.unit == "weight" else "plan.json")
         out.finish({**result, "order": order}, following=[f"whatmatters plan {output} {budget} -o {plan_name}"])
 
@@ -84,29 +90,37 @@ def plan(
         str, typer.Argument(metavar="SCORES|MODEL", help="A file of scores; or a model or its config, of which only the shapes are read.")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File for the plan; the budget joins its name if there are several.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="File for the plan; the budget joins its name if there are several."),
     ] = None,
     average_bits: Annotated[
         list[float] | None, typer.Option("--average-bits", help="Bits a weight on average. May be given several times.")
     ] = None,
     sparsity: Annotated[
-        list[float] | None, typer.Option("--sparsity", help="Share of the weights that goes: masks from weight scores, ratios from layer scores.")
+        list[float] | None,
+        typer.Option("--sparsity", help="Share of the weights that goes: masks from weight scores, ratios from layer scores."),
     ] = None,
     levels: Annotated[
         str | None, typer.Option("--levels", help="Bit widths that may be used; 16 leaves a site as it is. Default: 2,3,4,8.")
     ] = None,
     how: Annotated[
         Literal["rank", "optimum"] | None,
-        typer.Option("--how", help="`rank`: demote the least important first; `optimum`: least predicted loss. Default: what the scores are."),
+        typer.Option(
+            "--how", help="`rank`: demote the least important first; `optimum`: least predicted loss. Default: what the scores are."
+        ),
     ] = None,
     count: options.Count = "stored",
     group_size: options.GroupSize = None,
     asymmetric: options.Asymmetric = False,
     tool: Annotated[
         str | None,
-        typer.Option("--for", metavar="TOOL", help="Write that tool's own file too, and keep to what it can load: llama.cpp, gptqmodel, ..."),
+        typer.Option(
+            "--for", metavar="TOOL", help="Write that tool's own file too, and keep to what it can load: llama.cpp, gptqmodel, ..."
+        ),
     ] = None,
-    scope: Annotated[str, typer.Option("--scope", help="Where weights compete for --sparsity: all, site, row, or n:m such as 2:4.")] = "all",
+    scope: Annotated[
+        str, typer.Option("--scope", help="Where weights compete for --sparsity: all, site, row, or n:m such as 2:4.")
+    ] = "all",
     floor: Annotated[float, typer.Option("--floor", help="Least share that goes of any site (ratios).")] = 0.0,
     cap: Annotated[float, typer.Option("--cap", help="Largest share that goes of any site (ratios).")] = 1.0,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -119,7 +133,8 @@ def plan(
     Given a model or a config, its sites, ties and sizes are told, and plans are made in which all layers matter alike (position decides).
     """
     widths = None if levels is None else options.whole_numbers(levels, "--levels")
-    budgets = [("bits", value) for value in average_bits or []] + [("sparsity", value) for value in sparsity or []]
+    budgets: list[tuple[str, float | None]] = [("bits", value) for value in average_bits or []]
+    budgets += [("sparsity", value) for value in sparsity or []]
     if ":" in scope and not budgets:
         budgets = [("sparsity", None)]
     if len(set(budgets)) < len(budgets):

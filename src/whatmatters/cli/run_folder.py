@@ -127,4 +127,4 @@ def _without_passing(value: Any) -> Any:
 
 def as_read_back(value: dict[str, Any]) -> dict[str, Any]:
     """A JSON-able value as it comes back from a file: lists for tuples, strings for keys."""
-    return json.loads(json.dumps(value))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(value))

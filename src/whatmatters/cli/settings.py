@@ -105,7 +105,7 @@ def _reader(kind: Any) -> Callable[[str], Any] | None:
     if kind is types.NoneType:
         return _none
     if kind in (bool, int, float, str):
-        return kind  # type: ignore[no-any-return]
+        return kind
     if typing.get_origin(kind) is typing.Literal:
         return lambda text: _choice(text, typing.get_args(kind))
     if typing.get_origin(kind) in (tuple, list, Sequence) and typing.get_args(kind)[0] in (int, float, str):
@@ -192,13 +192,14 @@ class SettingsCommand(TyperCommand):
 
 
 def option_value(args: Sequence[str], option: str) -> str | None:
-    """What is given after an option on a command line, before it is parsed."""
+    """What is given after an option on a command line, before it is parsed; the last one counts."""
+    value = None
     for place, token in enumerate(args):
         if token == option and place + 1 < len(args):
-            return args[place + 1]
-        if token.startswith(f"{option}="):
-            return token.partition("=")[2]
-    return None
+            value = args[place + 1]
+        elif token.startswith(f"{option}="):
+            value = token.partition("=")[2]
+    return value
 
 
 def given_settings() -> dict[str, Any]:

@@ -54,8 +54,9 @@ class _SliceReads(TorchFunctionMode):
 def site_inputs(root: nn.Module, sites: Iterable[Site], callback: Callback, *, root_name: str = "") -> Iterator[None]:
     """Call `callback(site name, input, rows)` each time a site of `root` is used, for the length of a `with`.
 
-    The input is detached, of shape (..., in). `rows` is None, or for an expert the positions of its inputs among all tokens. Sites that read the same tensor are called with the same tensor object. Experts must run
-    their plain loop (`settings_of(..., _experts_implementation="eager")`), since fused expert kernels have no input for each expert.
+    The input is detached, of shape (..., in). `rows` is None, or for an expert the positions of its inputs among all tokens. Sites that
+    read the same tensor are called with the same tensor object. Experts must run their plain loop
+    (`settings_of(..., _experts_implementation="eager")`), since fused expert kernels have no input for each expert.
 
     Args:
         root: the model, or one block of it.

@@ -179,7 +179,7 @@ def scorer(
                 needs_text=needs_text,
                 needs_gradients=needs_gradients,
                 control=control,
-            )  # fmt: skip
+            )
         )
         return wrapped
 

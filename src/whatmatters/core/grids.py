@@ -89,7 +89,9 @@ def _step(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
     return high / (2 ** (bits - 1) - 1) if symmetric else (high - low) / (2**bits - 1)
 
 
-def _best_fraction(grouped: Float[Tensor, "groups size"], low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Float[Tensor, " groups"]:
+def _best_fraction(
+    grouped: Float[Tensor, "groups size"], low: Tensor, high: Tensor, bits: int, symmetric: bool
+) -> Float[Tensor, " groups"]:
     """For each group the fraction of its range that rounds it with the least sum |error|^2.4."""
     result = torch.ones_like(high)
     rows = max(1, CHUNK // grouped.shape[1])

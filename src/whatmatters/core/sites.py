@@ -241,6 +241,14 @@ def structure(model: nn.Module, example: Tensor | None = None) -> Structure:
     return Structure(blocks, tuple(sites), _ties(model, sites, example), tuple(uncovered))
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to: a block that writes into its activations gives its sites different inputs in one tensor.
+
+    Tensors made in inference mode do not count; there the first value is taken for all.
+    """
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _ties(model: nn.Module, sites: list[Site], example: Tensor | None) -> tuple[tuple[str, ...], ...]:
     by_input: dict[tuple[str, int, int], list[str]] = {}  # the version rises when a block writes into its activations
     by_parameter: dict[str, list[str]] = {}
@@ -259,7 +267,8 @@ def _ties(model: nn.Module, sites: list[Site], example: Tensor | None) -> tuple[
         def note(name: str, block: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 alive.append(args[0])
-                by_input.setdefault((block, id(args[0]), args[0]._version), []).append(name)
+                version = 0 if args[0].is_inference() else args[0]._version  # under inference_mode there is none
+                by_input.setdefault((block, id(args[0]), version), []).append(name)
 
             return hook
 

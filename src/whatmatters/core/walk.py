@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ SPILL_BYTES = 2 << 30
 """Block inputs are kept in memory up to this size, on disk beyond it."""
 
 
-class _Stop(Exception):  # noqa: N818  (not an error: it ends a forward pass early)
+class _Stop(Exception):
     """The forward pass has given what was wanted of it."""
 
 
@@ -178,7 +179,7 @@ class _Inputs:
         finally:
             for handle in handles:
                 handle.remove()
-        chained = len(seen) == len(blocks) and all(a[1] is b[0] or torch.equal(a[1], b[0]) for a, b in zip(seen, seen[1:], strict=False))
+        chained = len(seen) == len(blocks) and all(a[1] is b[0] or torch.equal(a[1], b[0]) for a, b in pairwise(seen))
         if not chained:
             raise ModelError(
                 f"the {len(blocks)} blocks of {type(model).__name__} do not form a chain ({len(seen)} calls seen in one forward pass); "
@@ -363,7 +364,7 @@ def walk(
     with contextlib.ExitStack() as stack:
         folder = Path(run_dir) if run_dir is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="whatmatters-")))
         training = {m: m.training for m in model.modules()}
-        stack.callback(lambda: [setattr(m, "training", was) for m, was in training.items()])
+        stack.callback(_set_modes, training)
         stack.enter_context(torch.no_grad())
         model.eval()
         run = _Run(folder, _fingerprint(model, calibration, settings), resume) if run_dir is not None else None
@@ -407,6 +408,11 @@ def walk(
         if commit:
             _commit(model, scratch, total, outside)
         return WalkResult(rows, extras, seconds)
+
+
+def _set_modes(training: dict[nn.Module, bool]) -> None:
+    for module, was in training.items():
+        module.training = was
 
 
 def _changes(block: Block, original: nn.Module) -> dict[str, Tensor]:

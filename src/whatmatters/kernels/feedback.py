@@ -44,7 +44,9 @@ def feedback_factor(hessian: Float64[Tensor, "d d"], damping: float) -> Float64[
         if not failed.item():
             return lower.flip(0, 1)
         del damped, lower
-    raise NonFiniteError(f"the Hessian is not positive definite even with {ATTEMPTS * damping:g} of its mean diagonal added; raise the damping")
+    raise NonFiniteError(
+        f"the Hessian is not positive definite even with {ATTEMPTS * damping:g} of its mean diagonal added; raise the damping"
+    )
 
 
 def round_with_feedback_reference(

@@ -1,18 +1,19 @@
 """Parts of `results.json` from the library's own objects."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from whatmatters.core.data import Calibration
 from whatmatters.core.evaluate import Difference, Measurement
 from whatmatters.core.formats import DENSE_BITS, stored_bits
+from whatmatters.core.report import versions
 from whatmatters.core.sites import Structure
 from whatmatters.pages import results
-from whatmatters.pages.results import Arm, Curve, Model, Scorer, Site, Text
+from whatmatters.pages.results import Arm, Command, Curve, Model, Results, Scorer, Site, Stage, Text
 from whatmatters.score.audit import Audit
 
-__all__ = ["arm_part", "audit_part", "average_bits", "model_part", "text_part"]
+__all__ = ["arm_part", "audit_part", "audit_results", "average_bits", "model_part", "text_part"]
 
 
 def model_part(name: str, model: nn.Module, structure: Structure) -> Model:
@@ -63,6 +64,33 @@ def audit_part(found: Audit) -> results.Audit:
         ceiling=found.ceiling,
         best=found.best,
         verdict=found.verdict,
+    )
+
+
+def audit_results(
+    name: str, model: nn.Module, structure: Structure, found: Audit, texts: Sequence[Text], commands: Sequence[Command] = ()
+) -> Results:
+    """Results of an audit alone: what the page shows of it when nothing was compressed."""
+    return Results(
+        title=name,
+        model=model_part(name, model, structure),
+        texts=tuple(texts),
+        interpreter=None,
+        audit=audit_part(found),
+        arms=(),
+        best=None,
+        reason="",
+        unit="document",
+        confidence=float(found.settings["confidence"]),
+        prompt="",
+        continuations=(),
+        tokens=None,
+        reload=None,
+        stages=(Stage("audit", found.seconds),),
+        settings=dict(found.settings),
+        versions=versions(),
+        commands=tuple(commands),
+        notes=tuple(f"left out: {scorer}: {reason}" for scorer, reason in found.skipped.items()),
     )
 
 

@@ -14,12 +14,13 @@ from whatmatters.pages.results import Arm, Audit, Curve
 __all__ = ["agreement", "correlations", "curves", "frontier", "heat", "per_weight"]
 
 WIDE, FRONTIER, HALF, NARROW = 1040.0, 800.0, 520.0, 344.0
+LONGEST = 32  # characters of a name in a figure
 LINE = 22.0  # height of a row of text
 LARGEST_HEAT = 64  # columns; beyond that blocks stand for their sites
 
 
 def _both(
-    paint: Callable[..., None], *, name: str, wide: float, height: float, narrow_height: float, title: str, description: str
+    paint: Callable[..., None], *, name: str, wide: float, height: float | int, narrow_height: float | int, title: str, description: str
 ) -> Markup:
     """The two versions; CSS shows the one that fits, and the other is hidden from screen readers too."""
     made = []
@@ -27,6 +28,11 @@ def _both(
         draw = functools.partial(paint, width=width)
         made.append(svg(draw, name=f"{name}-{kind}", width=width, height=tall, title=title, description=description, class_name=kind))
     return Markup("").join(made)
+
+
+def _brief(name: str) -> str:
+    """A name that leaves room for the figure; the tables have it whole."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def correlations(audit: Audit) -> Markup:
@@ -50,7 +56,7 @@ def correlations(audit: Audit) -> Markup:
         low = min([-0.25, *(s.low if s.low is not None else s.correlation for s in ordered)])
         axes.set_xlim(max(-1.02, low - 0.05), 1.03)
         axes.set_ylim(len(ordered) - 0.4, -0.6)
-        axes.set_yticks(range(len(ordered)), [f"{scorer.name} (control)" if scorer.control else scorer.name for scorer in ordered])
+        axes.set_yticks(range(len(ordered)), [_brief(scorer.name) + (" (control)" if scorer.control else "") for scorer in ordered])
         for label, scorer in zip(axes.get_yticklabels(), ordered, strict=True):
             label.set_color(ACCENT if scorer.name == audit.best else MUTED if scorer.control else INK)
             label.set_fontweight("bold" if scorer.name == audit.best else "normal")
@@ -121,7 +127,7 @@ def _handles(found: Sequence[Curve]) -> list[Any]:
     for curve in found:
         kinds.setdefault((curve.order, curve.name), []).append(_at(curve, 0.5))
     ordered = sorted(kinds, key=lambda kind: -sum(kinds[kind]) / len(kinds[kind]))
-    return [Line2D([], [], label=name, **_LINES[order]) for order, name in ordered]
+    return [Line2D([], [], label=_brief(name), **_LINES[order]) for order, name in ordered]
 
 
 def _shades(values: Sequence[float]) -> list[float]:
@@ -172,7 +178,7 @@ def heat(audit: Audit, naming: Naming) -> Markup:
         axes.add_collection(PatchCollection(patches, facecolors=colours, edgecolors="none"))
         axes.set_xlim(0, columns)
         axes.set_ylim(tops[-1] + 1, 0)
-        axes.set_yticks([top + 0.46 for top in tops], [name for name, _ in rows])
+        axes.set_yticks([top + 0.46 for top in tops], [_brief(name) for name, _ in rows])
         for label, (name, _) in zip(axes.get_yticklabels(), rows, strict=True):
             label.set_color(ACCENT if name == audit.best else INK)
             label.set_fontweight("bold" if name == audit.best else "normal")
@@ -190,8 +196,8 @@ def heat(audit: Audit, naming: Naming) -> Markup:
     tall = 40 + LINE * (len(rows) + 0.5)
     return _both(
         paint, name="heat", wide=WIDE, height=tall, narrow_height=tall, title="What matters, by score and place",
-        description="Each row is a score, each column a part of the model; the darker, the higher its rank. The first row is the that "
-        "was measured. The most and the least important parts are listed below.",
+        description="Each row is a score, each column a part of the model; the stronger the colour, the higher its rank. The first row is "
+        "the measured damage, per weight. The most and the least important parts are listed below.",
     )  # fmt: skip
 
 
@@ -219,11 +225,11 @@ def agreement(audit: Audit, naming: Naming, correlate: Callable[[Sequence[float]
                     )
                 )  # fmt: skip
                 if down != across:
-                    told = fixed(value).replace("0.", ".", 1) if narrow else fixed(value)
-                    axes.text(across + 0.5, down + 0.52, told, ha="center", va="center", fontsize=10 if narrow else 11.5, color=INK)
+                    told = fixed(value).replace("0.", ".", 1)
+                    axes.text(across + 0.5, down + 0.52, told, ha="center", va="center", fontsize=9.6 if narrow else 11.5, color=INK)
         axes.set_xlim(0, len(rows))
         axes.set_ylim(len(rows), 0)
-        axes.set_yticks([n + 0.5 for n in range(len(rows))], [f"{name}\N{EN SPACE}{n}" for n, (name, _) in enumerate(rows)])
+        axes.set_yticks([n + 0.5 for n in range(len(rows))], [f"{_brief(name)}\N{EN SPACE}{n}" for n, (name, _) in enumerate(rows)])
         axes.set_xticks([n + 0.5 for n in range(len(rows))], [str(n) for n in range(len(rows))])
         for label in axes.get_yticklabels():
             label.set_color(INK)
@@ -301,6 +307,6 @@ def _label(axes: Any, points: Sequence[tuple[str, float, float, str, bool]], wid
         if line:
             axes.annotate("", (x, y), xytext=(right, place), arrowprops=leader, annotation_clip=False, zorder=1)
         axes.annotate(
-            name, (right, place), xytext=(5, 0), textcoords="offset points", va="center", ha="left", annotation_clip=False,
+            _brief(name), (right, place), xytext=(5, 0), textcoords="offset points", va="center", ha="left", annotation_clip=False,
             fontsize=11.5 if width > NARROW else 10.5, color=colour, fontweight="bold" if colour == ACCENT else "normal",
         )  # fmt: skip

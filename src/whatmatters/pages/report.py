@@ -24,7 +24,7 @@ from whatmatters.pages.results import Arm, Audit, Continuation, Results, Scorer,
 __all__ = ["FILE_NAME", "page", "render"]
 
 FILE_NAME = "report.html"
-LISTED = 6  # most and least important parts
+LISTED = 4  # most and least important parts
 SHOWN_TOKENS = 5
 
 
@@ -109,13 +109,12 @@ def _paid(arm: Arm, naming: Naming) -> str:
     if not levels:
         return ""
     total = sum(map(len, levels.values()))
+    who = f"“{arm.label}”: "
     if len(levels) == 1:
-        return f"All {total} sites paid alike, at {next(iter(levels))} bits."
+        return f"{who}all {total} sites paid alike, at {next(iter(levels))} bits."
     (low, paid), (high, spared) = next(iter(levels.items())), list(levels.items())[-1]
-    return (
-        f"{len(paid)} of {total} sites paid most, at {low} bits: {naming.by_part(paid, 2)}. "
-        f"{len(spared)} kept {high} bits: {naming.by_part(spared, 2)}."
-    )
+    told = f"{who}{len(paid)} of {total} sites paid most, at {low} bits: {naming.by_part(paid, 2)}. "
+    return told + (f"The others kept {high} bits." if len(levels) == 2 else f"{len(spared)} kept {high} bits: {naming.by_part(spared, 2)}.")
 
 
 def _speed(arm: Arm) -> str:

@@ -2,4 +2,4 @@
 
 from whatmatters.core.catalog import open_room
 
-__all__ = open_room(__name__, globals())  # noqa: PLE0605  (the names are found, not listed)
+__all__ = open_room(__name__, globals())

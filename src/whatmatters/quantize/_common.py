@@ -11,7 +11,6 @@ from jaxtyping import Float, Float64, Int8, Int64
 from torch import Tensor, nn
 
 from whatmatters.core.actions import check_names_fit, check_sites
-from whatmatters.core.capture import site_inputs
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import InputError, InputTypeError
 from whatmatters.core.formats import DENSE_BITS, WIDTHS, QuantizedGrid, attach, dequantize
@@ -23,6 +22,7 @@ from whatmatters.core.sites import Site, Structure, structure
 from whatmatters.core.walk import Block, walk
 from whatmatters.kernels.feedback import feedback_factor, round_with_feedback
 from whatmatters.score._common import Statistic, input_statistics
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -141,7 +141,9 @@ class Rounding:
         """Put the dequantized weights in place and add the site's row."""
         weight = self.block.weight(site)
         rounded = dequantize(grid.with_codes(codes), weight.dtype)
-        change = (rounded.float() - weight.float()).square().sum() / weight.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        change = (rounded.float() - weight.float()).square().sum() / weight.float().square().sum().clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
         weight.copy_(rounded)
         self.block.extras[f"{site.name}.scale"] = grid.scale
         if grid.zero_point is not None:

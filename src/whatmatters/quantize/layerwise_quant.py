@@ -21,6 +21,7 @@ from whatmatters.core.errors import DataError, InputError, InputTypeError
 from whatmatters.core.formats import DENSE_BITS, WIDTHS, dequantize
 from whatmatters.core.grids import GridSettings, fit_grid
 from whatmatters.core.progress import Progress
+from whatmatters.core.records import thawed
 from whatmatters.core.report import Report, measured
 from whatmatters.core.scores import Scores, level_list
 from whatmatters.core.sites import Structure
@@ -129,7 +130,7 @@ def layerwise_quant(
         "seed": seed,
         "backend": inner.method,
         "backend_settings": inner.settings,
-        "account": dict(plan.account),
+        "account": thawed(plan.account),
     }
     return report
 

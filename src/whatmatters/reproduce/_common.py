@@ -46,7 +46,7 @@ class Claim:
     smallest_effect: float | None = None
 
 
-def certain(claim: str, tier: Tier, holds: bool, effect: float) -> Claim:
+def certain(claim: str, tier: Tier, holds: bool, effect: float | int) -> Claim:
     """A claim without chance: shown if it holds, refuted if not."""
     return Claim(claim, tier, "shown" if holds else "refuted", float(effect))
 

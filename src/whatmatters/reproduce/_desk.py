@@ -40,12 +40,14 @@ class Sizes:
         length: tokens in each, and in each window that is judged.
         documents: most documents that are judged, of each split.
         windows: most windows of each of them.
+        repeats: calibration draws for each seed; cheap models can have more.
     """
 
     samples: int
     length: int
     documents: int
     windows: int
+    repeats: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +220,7 @@ class Arms:
     def __init__(self, scratch: Path | None, code: str) -> None:
         self.scratch = scratch
         self.code = code
+        self.known: dict[str, list[Measured]] = {}
 
     def measure(
         self,
@@ -248,16 +251,20 @@ class Arms:
     def remember(self, name: Sequence[object], compute: Callable[[], list[dict[str, Any]]]) -> list[Measured]:
         """What `compute` gives, or gave under the same name and code."""
         key = hashlib.sha256(json.dumps([self.code, *map(str, name)]).encode()).hexdigest()[:24]
-        path = None if self.scratch is None else self.scratch / f"{key}.json"
-        if path is not None and path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            found = compute()
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_file(path) as temporary:
-                    temporary.write_text(json.dumps(found), encoding="utf-8")
-        return [Measured(np.array(f["nats"]), np.array(f["counts"], dtype=np.int64), f["seconds"], f["facts"]) for f in found]
+        if key not in self.known:
+            path = None if self.scratch is None else self.scratch / f"{key}.json"
+            if path is not None and path.is_file():
+                found = json.loads(path.read_text(encoding="utf-8"))
+            else:
+                found = compute()
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_file(path) as temporary:
+                        temporary.write_text(json.dumps(found), encoding="utf-8")
+            self.known[key] = [
+                Measured(np.array(f["nats"]), np.array(f["counts"], dtype=np.int64), f["seconds"], f["facts"]) for f in found
+            ]
+        return self.known[key]
 
 
 def pooled(arms: Sequence[Measured]) -> Measured:

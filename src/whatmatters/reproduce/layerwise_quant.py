@@ -49,7 +49,7 @@ from whatmatters.score.layers import layer_shift, weight_outliers
 
 SIZES: dict[Scale, dict[str, Sizes]] = {
     "smoke": {"embedded": Sizes(4, 32, 6, 1)},
-    "desk": {"stories": Sizes(32, 256, 200, 2), "embedded": Sizes(32, 256, 48, 1), "public": Sizes(32, 512, 60, 1)},
+    "desk": {"stories": Sizes(32, 256, 200, 2), "embedded": Sizes(24, 256, 48, 1), "public": Sizes(32, 512, 60, 1)},
     "gpu": {"stories": Sizes(64, 512, 350, 2), "embedded": Sizes(64, 512, 80, 4), "public": Sizes(64, 2048, 400, 2)},
 }
 PAIRS = ((8, 2), (4, 2))

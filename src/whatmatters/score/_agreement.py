@@ -21,7 +21,7 @@ def draws(documents: int, resamples: int, draw: torch.Generator) -> Float64[np.n
     )
 
 
-def interval(values: Float64[np.ndarray, "resamples *units"], confidence: float) -> Any:
+def interval(values: Float64[np.ndarray, "resamples *units"], confidence: float | int) -> Any:
     tail = (1 - confidence) / 2
     return np.quantile(values, [tail, 1 - tail], axis=0)
 

@@ -13,7 +13,7 @@ from whatmatters.core.data import Calibration
 from whatmatters.core.errors import InputError, ModelError, NonFiniteError
 from whatmatters.core.scores import Scores
 from whatmatters.core.seeds import Seed
-from whatmatters.core.sites import Site, Structure, structure
+from whatmatters.core.sites import Site, Structure, structure, version_of
 from whatmatters.core.walk import Batch, Block
 from whatmatters.kernels.gram import accumulate_gram, mirror
 
@@ -83,7 +83,7 @@ def input_statistics(
         names: set[str] = set()
 
         def callback(name: str, x: Tensor, rows: Tensor | None) -> None:
-            address = (x.data_ptr(), x._version, x.shape)  # the version rises when a block writes into its activations
+            address = (x.data_ptr(), version_of(x), x.shape)
             first = next((owner for known, owner, _ in seen if known == address), None)
             names.add(name)
             if first is None:

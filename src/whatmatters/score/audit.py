@@ -61,7 +61,7 @@ def audit(
     curve_samples: int | None = 16,
     seed: Seed = 0,
     resamples: int = 2000,
-    confidence: float = 0.95,
+    confidence: float | int = 0.95,
     structure: Structure | None = None,
     progress: Progress | None = None,
 ) -> Audit:
@@ -195,7 +195,7 @@ def audit(
     )
 
 
-def _check_settings(steps: int, orders: int, curve_samples: int | None, resamples: int, confidence: float) -> None:
+def _check_settings(steps: int, orders: int, curve_samples: int | None, resamples: int, confidence: float | int) -> None:
     if steps < 2 or orders < 1:
         raise InputError(f"steps is {steps} and orders {orders}; expected at least 2 steps and 1 random order")
     if curve_samples is not None and curve_samples < 1:
@@ -324,7 +324,7 @@ def _measured_again(truth: Ablation, units: _Units, resamples: int, draw: torch.
 
 
 def _damage_intervals(
-    again: Float64[np.ndarray, "resamples units"] | None, units: _Units, confidence: float
+    again: Float64[np.ndarray, "resamples units"] | None, units: _Units, confidence: float | int
 ) -> tuple[tuple[float, float], ...] | None:
     if again is None:
         return None
@@ -347,7 +347,7 @@ def _agreements(
     units: _Units,
     again: Float64[np.ndarray, "resamples units"] | None,
     controls: set[str],
-    confidence: float,
+    confidence: float | int,
     draw: torch.Generator,
 ) -> dict[str, _Agreement]:
     names = list(importance)
@@ -467,7 +467,7 @@ def _saved(
     area: Float64[np.ndarray, " documents"],
     by_chance: Float64[np.ndarray, " documents"],
     weights: Float64[np.ndarray, "resamples documents"],
-    confidence: float,
+    confidence: float | int,
 ) -> tuple[float | None, tuple[float, float] | None]:
     """Part of the area of random orders that is avoided, and its interval over resamples of the documents."""
     if by_chance.sum() <= 0:
@@ -525,7 +525,7 @@ def _not_told_apart(
     others: Sequence[AuditRow],
     importance: Mapping[str, Float64[np.ndarray, " units"]],
     again: Float64[np.ndarray, "resamples units"] | None,
-    confidence: float,
+    confidence: float | int,
 ) -> list[str]:
     """Scorers that do at least as well as the best on more resamples of the documents than the confidence allows."""
     if again is None:

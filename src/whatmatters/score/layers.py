@@ -106,7 +106,7 @@ def weight_outliers(
     model: nn.Module,
     calibration: Calibration | None = None,
     *,
-    z: float = 1.0,
+    z: float | int = 1.0,
     two_sided: bool = False,
     by: Literal["block", "site"] = "block",
     structure: Structure | None = None,
@@ -159,7 +159,7 @@ def weight_outliers(
     return Scores("layer", values, "weight-outliers", settings, structure=found)
 
 
-def outlier_share(model: nn.Module, sites: tuple[Site, ...], z: float, two_sided: bool) -> tuple[float, float]:
+def outlier_share(model: nn.Module, sites: tuple[Site, ...], z: float | int, two_sided: bool) -> tuple[float, float]:
     """ZD of the pooled weights of some sites, and their standard deviation (of the population); ZD is 0 where that is 0."""
     for site in sites:
         finite_weight(model, site)

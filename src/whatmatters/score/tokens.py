@@ -199,7 +199,7 @@ def attention_concentration(context: TokenContext) -> Float[Tensor, "samples len
 
 
 @scorer("first-n", unit="token", when="walk", needs_text=True, paper="2503.01820")
-def first_n(context: TokenContext, *, share: float = 0.125) -> Float[Tensor, "samples length"]:
+def first_n(context: TokenContext, *, share: float | int = 0.125) -> Float[Tensor, "samples length"]:
     """One for the first tokens of each sequence and zero for the rest.
 
     Args:
@@ -223,7 +223,7 @@ def first_n(context: TokenContext, *, share: float = 0.125) -> Float[Tensor, "sa
 
 
 @scorer("first-last-n", unit="token", when="walk", needs_text=True, paper="2503.01820")
-def first_last_n(context: TokenContext, *, share: float = 1 / 32) -> Float[Tensor, "samples length"]:
+def first_last_n(context: TokenContext, *, share: float | int = 1 / 32) -> Float[Tensor, "samples length"]:
     """One for the first and the last tokens of each sequence and zero for those between.
 
     Args:
@@ -246,7 +246,7 @@ def first_last_n(context: TokenContext, *, share: float = 1 / 32) -> Float[Tenso
     return (_early(context.tokens, share) | _early(context.tokens.flip(1), share).flip(1)).float()
 
 
-def _early(tokens: Bool[Tensor, "samples length"], share: float) -> Bool[Tensor, "samples length"]:
+def _early(tokens: Bool[Tensor, "samples length"], share: float | int) -> Bool[Tensor, "samples length"]:
     if not 0 < share <= 1:
         raise InputError(f"share is {share}; expected a part of the sequence above 0, up to 1")
     wanted = (tokens.sum(1, keepdim=True) * share).floor().clamp(min=1)
@@ -449,15 +449,15 @@ def uniform(context: TokenContext) -> Float[Tensor, "samples length"]:
 def normalize_importance(
     scores: Float[Tensor, "samples length"],
     *,
-    r_min: float = 0.005,
-    r_max: float = 1.0,
+    r_min: float | int = 0.005,
+    r_max: float | int = 1.0,
     valid: Bool[Tensor, "samples length"] | None = None,
     position_norm: Literal["linear", "sqrt"] | None = None,
     scale: Literal["square", "sqrt"] | None = None,
-    quantile: float = 1.0,
+    quantile: float | int = 1.0,
     bins: int | None = None,
-    mask_lowest: float | None = None,
-    power: int | float = 1,
+    mask_lowest: float | int | None = None,
+    power: float | int = 1,
 ) -> Float64[Tensor, "samples length"]:
     """Map token scores to weights, each sequence by itself: its lowest score to `r_min`, its highest to `r_max`, linearly between.
 
@@ -526,7 +526,12 @@ def normalize_importance(
 
 
 def _weights(
-    s: Float64[Tensor, " tokens"], r_min: float, r_max: float, quantile: float, bins: int | None, mask_lowest: float | None
+    s: Float64[Tensor, " tokens"],
+    r_min: float | int,
+    r_max: float | int,
+    quantile: float | int,
+    bins: int | None,
+    mask_lowest: float | int | None,
 ) -> Float64[Tensor, " tokens"]:
     if bool((s == s[0]).all()):
         return torch.ones_like(s)

@@ -31,7 +31,7 @@ def zeroth_order(
     calibration: Calibration,
     *,
     by: Literal["block", "site"] = "block",
-    eps: float = 1e-3,
+    eps: float | int = 1e-3,
     draws: int = 1,
     samples: int | None = 8,
     structure: Structure | None = None,
@@ -111,7 +111,7 @@ def zeroth_order(
     return Scores("layer", {name: values[name] for name in names}, "zeroth-order", settings, structure=found)
 
 
-def slope(model: nn.Module, rest: FromBlock, sites: tuple[Site, ...], number: int, eps: float, seed: int) -> float:
+def slope(model: nn.Module, rest: FromBlock, sites: tuple[Site, ...], number: int, eps: float | int, seed: int) -> float:
     """(loss(w + eps z) - loss(w - eps z)) / (2 eps) of one sample, for the z that `seed` draws: an estimate of g . z."""
     losses = []
     for sign in (1.0, -1.0):
