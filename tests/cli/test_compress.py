@@ -100,6 +100,7 @@ def test_average_bits_by_layer_scores(run, work, tiny, text, small):
     total = sum(site.size for site in found.sites)
     assert used <= 3.5 * total
     assert told["planned"]["budget"] == {"average_bits": 3.5, "count": "codes"}
+    assert told["settings"]["account"]["average_codes"] == used / total
 
 
 def test_average_bits_with_a_method_that_has_a_budget_of_its_own(run, work, tiny, text, small):
@@ -116,6 +117,14 @@ def test_average_bits_from_a_file_of_scores(run, work, tiny):
     run("quantize", tiny, "--method", "rtn", *line, *GROUP, "-o", "out")
     expected = allocation.bits(scores, 3, (2, 4), count="codes", group_size=16)
     assert bits_in(work / "out") == dict(expected.values)
+
+
+def test_average_bits_from_weight_scores(run, work, tiny):
+    run("score", tiny, "--scorer", "magnitude", "--unit", "weight", "-o", "weights.safetensors")
+    assert Scores.load(work / "weights.safetensors").unit == "weight"
+    line = ("--average-bits", "3", "--levels", "2,4", "--count", "codes", "--layer-scores", "weights.safetensors")
+    assert "average bits: " in run("quantize", tiny, "--method", "rtn", *line, *GROUP, "-o", "out").stdout
+    assert set(bits_in(work / "out").values()) == {2, 4}
 
 
 def test_plan_brings_its_group_size(run, work, tiny):
@@ -322,6 +331,16 @@ def test_overwrite_replaces_the_output_and_an_unfinished_run(run, work, tiny, li
     assert {path.name for path in work.iterdir()} == {"out"}
 
 
+def test_resume_with_overwrite_replaces_what_is_no_checkpoint_of_ours(run, work, tiny):
+    (work / "out").mkdir()
+    (work / "out" / "mine.txt").write_text("old")
+    line = ("quantize", tiny, "--bits", "3", *GROUP, "-o", "out", "--resume")
+    assert "exists already" in run(*line, code=1).stderr
+    run(*line, "--overwrite")
+    assert set(bits_in(work / "out").values()) == {3}
+    assert not (work / "out" / "mine.txt").exists()
+
+
 def test_failed_replacement_puts_the_old_one_back(run, work, tiny, listing, monkeypatch):
     import os
 
@@ -335,7 +354,7 @@ def test_failed_replacement_puts_the_old_one_back(run, work, tiny, listing, monk
         original(source, target)
 
     monkeypatch.setattr("os.replace", fails)
-    run("quantize", tiny, *GROUP, "-o", "out", "--bits", "4", "--overwrite", code=1)
+    assert "error: [Errno 28] No space left" in run("quantize", tiny, *GROUP, "-o", "out", "--bits", "4", "--overwrite", code=1).stderr
     assert listing(work / "out") == before
 
 

@@ -68,3 +68,11 @@ def test_report_of_what_is_no_run(run, work, listing):
     (work / "empty").mkdir()
     assert "empty" in run("report", "empty", code=1).stderr
     assert list((work / "empty").iterdir()) == []
+
+
+def test_report_of_a_run(run, work, monkeypatch):
+    import whatmatters.pages.report
+
+    monkeypatch.setattr(whatmatters.pages.report, "render", lambda folder: folder / "report.html")
+    (work / "run").mkdir()
+    assert json.loads(run("report", "run", "--json").stdout)["report"] == "run/report.html"

@@ -146,3 +146,18 @@ def test_json_leaves_nothing_else_on_stdout(run, tiny, monkeypatch):
     result = run("scan", tiny, "--group-size", "16", "--json")
     assert json.loads(result.stdout)["model"] == str(tiny)
     assert "a library that prints" in result.stderr
+
+
+def test_demo_passes_on_what_it_is_told(run, work, monkeypatch):
+    import whatmatters.cli.demo
+
+    calls = []
+
+    def run_demo(output, *, seed, quick, overwrite, progress, console):
+        calls.append((output, seed, quick, overwrite, console is None))
+        return {"title": "mine"}
+
+    monkeypatch.setattr(whatmatters.cli.demo, "run_demo", run_demo)
+    assert "written: demo-run/report.html" in run("demo").stdout
+    assert json.loads(run("demo", "-o", "there", "--quick", "--seed", "3", "--overwrite", "--json").stdout)["title"] == "mine"
+    assert calls == [(Path("demo-run"), 0, False, False, False), (Path("there"), 3, True, True, True)]

@@ -92,8 +92,8 @@ def test_layer_scores_are_means_of_weight_scores(scorer: Any) -> None:
 
 
 def test_hessian_diagonal_is_what_one_removed_weight_changes() -> None:
-    model = nn.Sequential(nn.Linear(5, 3))
-    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(5, 3, dtype=torch.float64))
+    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores = hessian_diagonal(model, Calibration.from_tensors(x, batch=7), unit="weight").values["0"]
     with torch.no_grad():
         before = model(x)

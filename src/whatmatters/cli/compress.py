@@ -194,8 +194,7 @@ class _Quantizing:
         from whatmatters.core.plans import Plan
         from whatmatters.core.scores import Scores
 
-        takes = "average_bits" if self._takes("average_bits") else "bits"
-        if (chosen == "average_bits") < (takes == "average_bits"):
+        if self._takes("average_bits") and chosen != "average_bits":
             raise typer.BadParameter(f"{self.entry.slug} takes --average-bits", param_hint=f"--{chosen}")
         if plan is not None:
             self.plan = Plan.load(plan)
@@ -203,7 +202,8 @@ class _Quantizing:
         elif self.average is not None:
             self.layer_scores = self.layer_scores or DEFAULT_SCORES
             if Path(self.layer_scores).is_file():
-                self.scores = Scores.load(self.layer_scores)
+                scores = Scores.load(self.layer_scores)
+                self.scores = scores.reduce("mean") if scores.unit in ("weight", "channel") else scores
             else:
                 scorer = get_scorer(self.layer_scores, when="ahead")
                 if scorer.needs_text and self.job.text is None:
@@ -282,9 +282,12 @@ class _Quantizing:
             )  # fmt: skip
             levels = {name: int(value) for name, value in plan.values.items()}
             check_savable(subject.model, levels, group_size=self.group_size, symmetric=self.symmetric, format=self.job.format)
-            given["bits"] = plan
+            self.plan = given["bits"] = plan
         chosen = accepted(self.entry, **given, **common)
-        return self.entry.function(subject.model, calibration, **{**chosen, **self.settings})
+        report: Report = self.entry.function(subject.model, calibration, **{**chosen, **self.settings})
+        if self.plan is not None:
+            report.settings["account"] = dict(self.plan.account)
+        return report
 
 
 class _Pruning:
@@ -481,8 +484,8 @@ def _tell(out: Output, job: Job, report: "Report", planned: Mapping[str, Any], d
     shown = f"{spoken_size(original)} -> " if original else ""
     timed = f", {spoken_duration(report.seconds)}" if report.seconds else ""
     out.say(f"{report.method}: {len(report.rows)} sites, {shown}{spoken_size(sizes['weight_bytes'])} of weights{timed}")
-    account = planned.get("account")
-    if account is not None and "average_stored" in account:
+    account = report.settings.get("account", {})
+    if account.get("average_stored") is not None:
         out.say(f"average bits: {account['average_codes']:.4g} in codes, {account['average_stored']:.4g} stored with scales")
     if damage is not None:
         out.say(judge.sentence(damage))

@@ -52,7 +52,6 @@ TOLERANCE = 1e-4
 COMPARABLE = 1.15  # the best arm is looked for among those at most this many times as large as the smallest
 PROMPT = 'def read_header(stream, *, strict=False):\n    """Read the header of a stream and return it as a dictionary."""\n'
 
-
 QUICK_SCORERS = ("activation", "gradient", "layer-shift", "magnitude", "quantization-error", "random", "weight-outliers")
 
 
@@ -170,7 +169,7 @@ def run_demo(
             made = _arms(model, tokenizer, texts, found, _recipes(texts.calibrating, found, plans, seed), seed, progress)
         best = choose(made)
         with clock.stage("continuations and tokens"):
-            shown = [made[0], next(m for m in made if m.part.id == "rtn"), best]
+            shown = [m for m in made if m.part.role == "dense" or m.part.id == "rtn" or m is best]
             continuations = tuple(
                 Continuation(m.part.id, generate(m.model, tokenizer, PROMPT, new_tokens=sizes.new_tokens))
                 for m in track(shown, "continue the prompt", len(shown), progress)
@@ -209,7 +208,7 @@ def run_demo(
         report.render(folder)
     if console is not None:
         console.print(summary_table(results))
-        console.print(str(report.verdict(results)), soft_wrap=True)
+        console.print(str(report.verdict(results)), soft_wrap=True, markup=False, highlight=False)
     return results.to_json()
 
 
@@ -239,12 +238,11 @@ def _texts(tokenizer: Any, sizes: Sizes, seed: int) -> tuple[Texts, tuple[Any, .
         windows(tokenizer, validation[1::2], sizes.length, limit=sizes.choosing, per_document=2 if sizes is FULL else 1),
         windows(tokenizer, test, sizes.length, limit=sizes.judging, per_document=sizes.per_document),
     )
-    library = f"standard library of {embedded.interpreter()}"
     digests = {split: embedded.split_digest(split) for split in ("validation", "test")}
     return found, (
-        text_part("calibrating", f"{library}, validation files, every second", found.calibrating, digests["validation"]),
-        text_part("auditing, choosing", f"{library}, the other validation files", found.choosing, digests["validation"]),
-        text_part("judging", f"{library}, test files", found.judging, digests["test"]),
+        text_part("calibrating", "standard library: validation files, even", found.calibrating, digests["validation"]),
+        text_part("auditing, choosing", "standard library: validation files, odd", found.choosing, digests["validation"]),
+        text_part("judging", "standard library: test files", found.judging, digests["test"]),
     )
 
 
@@ -288,8 +286,8 @@ def _recipes(text: Calibration, found: Structure, plans: Mapping[str, Plan], see
     ]
     mixed = (
         ("mixed-scores", f"by {plans['mixed-scores'].method}", "method"),
-        ("mixed-optimum", f"optimum of {plans['mixed-optimum'].method}", "method"),
-        *((id, f"random order {number}", "control") for number, id in enumerate((id for id in plans if "random" in id), 1)),
+        ("mixed-optimum", "optimum", "method"),
+        *((id, f"random {number}", "control") for number, id in enumerate((id for id in plans if "random" in id), 1)),
     )
 
     def spend(plan: Plan) -> Callable[[nn.Module], Report]:
@@ -366,7 +364,7 @@ def _reason(made: list[Made], best: Made) -> str:
         told += f" “{m.part.label}” did not compete: it takes {megabytes(m.part.bytes)}{', for a lower perplexity' if better else ''}."
     by_id = {m.part.id: m for m in made}
     if {"mixed-scores", "mixed-optimum"} <= by_id.keys() and by_id["mixed-optimum"].chosen > by_id["mixed-scores"].chosen:
-        told += " An exact optimum is as good as the loss table it is of, and the audit ranks that one lower."
+        told += " The exact optimum is only as good as its loss table, which the audit trusts less."
     return told
 
 
@@ -435,7 +433,8 @@ def _notes(made: list[Made]) -> tuple[str, ...]:
     told = [f"{m.part.label}: {note}" for m in made if m.report is not None for note in m.report.notes]
     return (
         "Bits are spent on the linear layers inside the blocks. Embeddings, norms and the head stay as they are; every size counts them.",
-        "The mixed plans are carried out by GPTQ, with the same calibration windows, so that only the plan differs.",
+        "The mixed plans are carried out by GPTQ, with the same calibration windows, so that only the plan differs. The optimum is the exact "
+        "one of the loss table quantization-error; random orders draw a score for every site.",
         *told,
     )
 

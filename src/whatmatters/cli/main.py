@@ -38,6 +38,8 @@ class Commands(TyperGroup):
             self._failed(ctx, "stopped", trace=False)
         except (typer.Exit, typer.Abort, typer.TyperException, BrokenPipeError):
             raise  # wrong usage, a wanted end, or a reader that has gone
+        except OSError as error:
+            self._failed(ctx, f"error: {error}")  # a full disk, mostly
         except Exception as error:
             self._failed(ctx, f"error: unexpected {type(error).__name__}: {error}\n(--debug shows where; please report it)")
 

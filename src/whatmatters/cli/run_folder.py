@@ -54,7 +54,7 @@ class RunFolder:
         Raises:
             ResumeError: there is one of another request; the message names what changed.
         """
-        if not (self.resume and self.output.exists()):
+        if not (self.resume and (self.output / REPORT).is_file()):
             return None
         report = Report.load(self.output / REPORT)
         before = report.settings.get("request")
@@ -62,8 +62,8 @@ class RunFolder:
             return report
         if self.overwrite:
             return None
-        keys = sorted(request.keys() | (before or {}).keys())
-        changed = [key for key in keys if not isinstance(before, dict) or before.get(key) != request.get(key)]
+        before = before if isinstance(before, dict) else {}
+        changed = sorted(key for key in request.keys() | before.keys() if before.get(key) != request.get(key))
         raise ResumeError(f"{self.output} is finished and was made with other inputs ({', '.join(changed)}); give another output")
 
     def __enter__(self) -> "RunFolder":

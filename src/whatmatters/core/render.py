@@ -272,7 +272,7 @@ def megabytes(value: int | None) -> str:
     return f"{fixed(amount, 0 if amount >= 100 else 1 if amount >= 10 else 2)}{SPACE}{unit}"
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def percent(value: float | int | None, digits: int = 1) -> str:
     """A share as a percentage.
 
     Example:
@@ -282,7 +282,7 @@ def percent(value: float | None, digits: int = 1) -> str:
     return DASH if value is None else f"{fixed(100 * value, digits)}{SPACE}%"
 
 
-def change(value: float | None, digits: int = 1) -> str:
+def change(value: float | int | None, digits: int = 1) -> str:
     """A change that is in percent already, with its sign.
 
     Example:
@@ -296,7 +296,7 @@ def change(value: float | None, digits: int = 1) -> str:
     return f"{signed}{text}{SPACE}%"
 
 
-def spread(low: float | None, high: float | None, digits: int = 1, unit: str = f"{SPACE}%") -> str:
+def spread(low: float | int | None, high: float | int | None, digits: int = 1, unit: str = f"{SPACE}%") -> str:
     """An interval of changes.
 
     Example:
@@ -309,7 +309,7 @@ def spread(low: float | None, high: float | None, digits: int = 1, unit: str = f
     return f"{bounds[0]} to {bounds[1]}{unit}"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float | int | None) -> str:
     """A time as a person says it.
 
     Example:

@@ -225,14 +225,16 @@ def agreement(audit: Audit, naming: Naming, correlate: Callable[[Sequence[float]
                     )
                 )  # fmt: skip
                 if down != across:
-                    told = fixed(value).replace("0.", ".", 1)
-                    axes.text(across + 0.5, down + 0.52, told, ha="center", va="center", fontsize=9.6 if narrow else 11.5, color=INK)
+                    told = fixed(100 * value, 0) if narrow else fixed(value).replace("0.", ".", 1)
+                    axes.text(across + 0.5, down + 0.52, told, ha="center", va="center", fontsize=9.4 if narrow else 11.5, color=INK)
         axes.set_xlim(0, len(rows))
         axes.set_ylim(len(rows), 0)
         axes.set_yticks([n + 0.5 for n in range(len(rows))], [f"{_brief(name)}\N{EN SPACE}{n}" for n, (name, _) in enumerate(rows)])
         axes.set_xticks([n + 0.5 for n in range(len(rows))], [str(n) for n in range(len(rows))])
         for label in axes.get_yticklabels():
             label.set_color(INK)
+        if narrow:
+            axes.set_xlabel("in hundredths")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
 
@@ -240,7 +242,7 @@ def agreement(audit: Audit, naming: Naming, correlate: Callable[[Sequence[float]
         f"{rows[i][0]} and {rows[j][0]} {fixed(values[i][j])}" for i in range(len(rows)) for j in range(i) if abs(values[i][j]) >= 0.7
     )
     return _both(
-        paint, name="agreement", wide=HALF, height=40 + 29 * len(rows), narrow_height=34 + 24 * len(rows),
+        paint, name="agreement", wide=HALF, height=40 + 29 * len(rows), narrow_height=52 + 24 * len(rows),
         title="How far the scores agree", description=f"Rank correlations between scores. Strong ones: {told or 'none'}.",
     )  # fmt: skip
 

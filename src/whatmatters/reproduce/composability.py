@@ -54,7 +54,7 @@ def run(
     model: str | os.PathLike[str] | None = None,
     scale: Scale = "desk",
     seeds: int = 3,
-    output: Path = Path("docs/assets"),
+    output: Path = Path("evidence"),
     progress: Progress | None = None,
     scratch: Path | None = None,
 ) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from whatmatters.score.tokens import TokenContext, attention_concentration, scor
 
 SIZES: dict[Scale, dict[str, Sizes]] = {
     "smoke": {"embedded": Sizes(4, 32, 6, 1)},
-    "desk": {"stories": Sizes(32, 256, 120, 1, repeats=2), "embedded": Sizes(24, 256, 48, 1), "public": Sizes(64, 512, 60, 2)},
+    "desk": {"stories": Sizes(64, 256, 150, 1, repeats=3), "embedded": Sizes(24, 256, 48, 1), "public": Sizes(64, 512, 60, 2)},
     "gpu": {"stories": Sizes(256, 512, 350, 2, repeats=4), "embedded": Sizes(256, 512, 80, 4), "public": Sizes(256, 2048, 400, 4)},
 }
 GROUPS = {"stories260k": -1, "pylib-lm": 128, "untrained": -1}
@@ -66,7 +66,7 @@ MARGIN = 0.01
 
 DIFFERENCES = (
     "models of 0.26M and 5.8M parameters in place of 7 to 12 billion; the authors expect gains to grow with the length of the context",
-    "6,000 to 8,000 calibration tokens in windows of 256, in place of 1,000,000 in windows of 2,048 to 4,096; no dataset expansion",
+    "6,000 to 16,000 calibration tokens in windows of 256, in place of 1,000,000 in windows of 2,048 to 4,096; no dataset expansion",
     "text of the model's own kind in place of WikiText-2; perplexity of held-out documents in place of downstream tasks",
     "only rotations that fold into the weights: the online one of the down projection's input is left out, in both rotated arms",
     "one scale per output channel as in the paper for stories260k, groups of 128 for pylib-lm",

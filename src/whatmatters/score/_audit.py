@@ -118,7 +118,7 @@ class Audit:
         return [asdict(row) for row in self.rows]
 
     def curve(self, label: str) -> AuditCurve:
-        """The damage curve of that label; "random" is the mean of the random orders. Raises InputError."""
+        """The damage curve of that label; "random" is the mean of the random orders (not the scorer of that name). Raises InputError."""
         if label == "random":
             drawn = [curve for curve in self.curves if curve.kind == "random"]
             points = [np.mean([getattr(curve, name) for curve in drawn], axis=0).tolist() for name in ("shares", "increases")]
