@@ -106,6 +106,22 @@ def test_the_table_names_every_arm(run):
         assert arm["label"] in told
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_table_is_whole_in_files_and_fits_narrow_terminals(run, terminal):
+    from rich.console import Console
+
+    results = demo.Results.load(run[0])
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal, record=True)
+    demo._show(console, results)
+    told = console.export_text()
+    lines = told[: told.index("From ")].splitlines()
+    assert ("KL" in lines[0]) is not terminal
+    assert all(len(line.rstrip()) <= (80 if terminal else demo.WIDE) for line in lines)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in told
+    if not terminal:
+        assert [line[: len(arm.label)] for arm, line in zip(results.arms, lines[1:], strict=True)] == [arm.label for arm in results.arms]
+
+
 def test_progress_comes_to_an_end(run):
     last = {}
     for label, done, total in run[3]:
@@ -132,9 +148,12 @@ def test_the_best_arm_is_neither_larger_nor_a_control_nor_decided_by_the_judging
     arms = [made("dense", "dense", 1000, 1.0), made("a", "baseline", 100, 2.0), made("b", "method", 110, 1.9),
             made("large", "method", 200, 1.5), made("lucky", "control", 100, 1.2)]  # fmt: skip
     assert demo.choose(arms).part.id == "b"
-    told = demo._reason(arms, demo.choose(arms))
+    told = demo._reason(arms, demo.choose(arms), None)
     assert "“large” did not compete" in told
     assert "for a lower perplexity" in told
+    arms += [made("mixed-scores", "method", 100, 1.0), made("mixed-optimum", "method", 100, 1.1)]
+    assert "which the audit trusts less than fisher" in demo._reason(arms, demo.choose(arms), "fisher")
+    assert "loss table" not in demo._reason(arms, demo.choose(arms), "quantization-error")
 
 
 def test_stages_are_timed():

@@ -5,6 +5,7 @@ the even validation files calibrate, the odd ones audit and choose the best arm,
 """
 
 import copy
+import io
 import os
 import shlex
 import tempfile
@@ -48,8 +49,10 @@ BITS = 3
 AVERAGE = 3.5
 LEVELS = (2, 3, 4, 8)
 GROUP_SIZE = 128
+LOSS_TABLE = "quantization-error"
 TOLERANCE = 1e-4
 COMPARABLE = 1.15  # the best arm is looked for among those at most this many times as large as the smallest
+WIDE = 116  # characters that the whole table needs
 PROMPT = 'def read_header(stream, *, strict=False):\n    """Read the header of a stream and return it as a dictionary."""\n'
 
 QUICK_SCORERS = ("activation", "gradient", "layer-shift", "magnitude", "quantization-error", "random", "weight-outliers")
@@ -188,7 +191,7 @@ def run_demo(
             audit=audit_part(audited),
             arms=tuple(m.part for m in made),
             best=best.part.id,
-            reason=_reason(made, best),
+            reason=_reason(made, best, audited.best),
             unit="document",
             confidence=0.95,
             prompt=PROMPT,
@@ -201,14 +204,13 @@ def run_demo(
                 "levels": list(LEVELS), "group_size": GROUP_SIZE, "symmetric": True, "tokens_in_a_window": sizes.length,
             },
             versions=versions(),
-            commands=_commands(output, audited.best or "quantization-error"),
+            commands=_commands(output, audited.best or LOSS_TABLE),
             notes=_notes(made),
         )  # fmt: skip
         results.save(folder)
         report.render(folder)
     if console is not None:
-        console.print(summary_table(results))
-        console.print(str(report.verdict(results)), soft_wrap=True, markup=False, highlight=False)
+        _show(console, results)
     return results.to_json()
 
 
@@ -229,6 +231,17 @@ def _quiet() -> Iterator[None]:
 def _say(console: Console | None, text: str) -> None:
     if console is not None:
         console.print(text, highlight=False)
+
+
+def _show(console: Console, results: Results) -> None:
+    """The table and the verdict. Files, which have no width, get all columns; narrow terminals those that fit."""
+    if console.is_terminal:
+        console.print(summary_table(results, whole=console.width >= WIDE))
+    else:
+        plain = io.StringIO()
+        Console(file=plain, width=WIDE).print(summary_table(results))
+        console.print(plain.getvalue(), end="", soft_wrap=True, markup=False, highlight=False)
+    console.print(str(report.verdict(results)), soft_wrap=True, markup=False, highlight=False)
 
 
 def _texts(tokenizer: Any, sizes: Sizes, seed: int) -> tuple[Texts, tuple[Any, ...]]:
@@ -252,7 +265,7 @@ def _plans(model: nn.Module, audited: Audit, found: Structure, draws: int, seed:
     settings: dict[str, Any] = {"average": AVERAGE, "levels": LEVELS, "structure": found, "group_size": GROUP_SIZE}
     return {
         "mixed-scores": allocation.bits(audited.scores[best], **settings),
-        "mixed-optimum": allocation.bits(audited.scores["quantization-error"], how="optimum", **settings),
+        "mixed-optimum": allocation.bits(audited.scores[LOSS_TABLE], how="optimum", **settings),
         **{
             f"mixed-random-{i}": allocation.bits(random(model, by="site", structure=found, seed=derived(seed, "random", i)), **settings)
             for i in range(1, draws + 1)
@@ -354,7 +367,7 @@ def _comparable(made: list[Made]) -> tuple[list[Made], list[Made]]:
     return [m for m in candidates if m.part.bytes <= limit], [m for m in candidates if m.part.bytes > limit]
 
 
-def _reason(made: list[Made], best: Made) -> str:
+def _reason(made: list[Made], best: Made, trusted: str | None) -> str:
     told = (
         f"“{best.part.label}” had the lowest perplexity on the validation files that calibration did not see, among arms at most "
         f"{percent(COMPARABLE - 1, 0)} larger than the smallest. The numbers here are from the test files, which decided nothing."
@@ -362,9 +375,9 @@ def _reason(made: list[Made], best: Made) -> str:
     for m in _comparable(made)[1]:
         better = m.chosen < best.chosen
         told += f" “{m.part.label}” did not compete: it takes {megabytes(m.part.bytes)}{', for a lower perplexity' if better else ''}."
-    by_id = {m.part.id: m for m in made}
-    if {"mixed-scores", "mixed-optimum"} <= by_id.keys() and by_id["mixed-optimum"].chosen > by_id["mixed-scores"].chosen:
-        told += " The exact optimum is only as good as its loss table, which the audit trusts less."
+    losses = {m.part.id: m.chosen for m in made}
+    if trusted not in (None, LOSS_TABLE) and losses["mixed-optimum"] > losses["mixed-scores"]:
+        told += f" The exact optimum is only as good as its loss table, {LOSS_TABLE}, which the audit trusts less than {trusted}."
     return told
 
 
@@ -433,21 +446,22 @@ def _notes(made: list[Made]) -> tuple[str, ...]:
     told = [f"{m.part.label}: {note}" for m in made if m.report is not None for note in m.report.notes]
     return (
         "Bits are spent on the linear layers inside the blocks. Embeddings, norms and the head stay as they are; every size counts them.",
-        "The mixed plans are carried out by GPTQ, with the same calibration windows, so that only the plan differs. The optimum is the exact "
-        "one of the loss table quantization-error; random orders draw a score for every site.",
+        "The mixed plans are carried out by GPTQ, with the same calibration windows, so that only the plan differs. The optimum is the "
+        f"exact one of the loss table {LOSS_TABLE}; random orders draw a score for every site.",
         *told,
     )
 
 
-def summary_table(results: Results) -> Table:
-    """The arms as a table for the terminal."""
+def summary_table(results: Results, *, whole: bool = True) -> Table:
+    """The arms as a table for the terminal; not `whole`: only the columns that 80 characters hold."""
     table = Table(box=None, pad_edge=False)
-    for name in ("arm", "size", "perplexity", "change", "95 % interval", "KL", "same top-1", "time"):
+    names = ("arm", "size", "perplexity", "change", "95 % interval", *(("KL", "same top-1", "time") if whole else ()))
+    for name in names:
         table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name != "arm")
     for arm in results.arms:
         style = "bold" if arm.id == results.best else "dim" if arm.role == "control" else None
         cells = [arm.label, megabytes(arm.bytes), fixed(arm.perplexity)]
         if arm.role != "dense":
             cells += [change(arm.change), spread(arm.low, arm.high), fixed(arm.kl, 4), percent(arm.agreement), f"{arm.seconds:.1f} s"]
-        table.add_row(*cells, style=style)
+        table.add_row(*cells[: len(names)], style=style)
     return table

@@ -100,11 +100,13 @@ def curves(audit: Audit) -> Markup:
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
         axes.set_xlabel("share of the weights damaged, least important first" if width > NARROW else "share damaged, least important first")
         axes.set_ylabel("added nats a token")
-        figure.legend(handles=_handles(audit.curves), loc="outside upper left", ncols=2, handlelength=2.1, labelspacing=0.3)
+        figure.legend(
+            handles=_handles(audit.curves), loc="outside upper left", ncols=2 if width > NARROW else 1, handlelength=2.1, labelspacing=0.3
+        )
 
     told = "; ".join(f"{c.name}: {fixed(_at(c, 0.5), 3)} at half" for c in audit.curves)
     return _both(
-        paint, name="curves", wide=HALF, height=max(62 + LINE * len(audit.scorers), 270), narrow_height=280,
+        paint, name="curves", wide=HALF, height=max(62 + LINE * len(audit.scorers), 270), narrow_height=310,
         title="Damage when the least important goes first",
         description=f"Loss added as a growing share of the weights is damaged, in several orders: {told}. Lower is better.",
     )  # fmt: skip
