@@ -90,15 +90,14 @@ def verdicts(claims: Sequence[Mapping[str, Any]], *, strip: str = "") -> str:
         return table(["claim", "verdict", "effect", "95 % interval"], lines)
     lines = []
     for name, row in rows.items():
-        draws, documents = row.get(DRAWS, row.get("only", {})), row.get(DOCUMENTS, row.get("only", {}))
-        lines.append([
-            name, number(draws["effect"]), f"**{draws['verdict']}** {between(draws)}", f"**{documents['verdict']}** {between(documents)}",
-        ])  # fmt: skip
-    return table(["claim", "effect (nats)", "over calibration draws", "over documents"], lines)
+        documents = row.get(DOCUMENTS, row.get("only", {}))
+        draws = f"**{row[DRAWS]['verdict']}** {between(row[DRAWS])}" if DRAWS in row else ""
+        lines.append([name, number(documents["effect"]), draws, f"**{documents['verdict']}** {between(documents)}"])
+    return table(["claim", "effect", "over calibration draws", "over documents"], lines)
 
 
 def number(value: float) -> str:
-    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+    return "0" if value == 0 else f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def between(claim: Mapping[str, Any]) -> str:
@@ -252,7 +251,7 @@ def cell(row: Mapping[str, Any]) -> str:
 
 
 def figure(paint: Callable[[Any], None], name: str, width: float, height: float, title: str, description: str) -> str:
-    inline = svg(paint, name=name, width=width, height=height, title=title, description=description)
+    inline = str(svg(paint, name=name, width=width, height=height, title=title, description=description))
     light = "".join(f"--{variable}:{colour};" for variable, colour, _ in COLOURS.values())
     dark = "".join(f"--{variable}:{colour};" for variable, _, colour in COLOURS.values())
     style = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}text{{font-family:system-ui,sans-serif}}</style>"
@@ -326,14 +325,14 @@ def layers_figure(record: Mapping[str, Any]) -> str:
                 axes.set_xlabel("lowered layers")
                 axes.set_ylabel("perplexity")
                 axes.spines["left"].set_color(RULE)
-        all_axes[0, 0].legend(loc="lower right", labelcolor=MUTED)
+        figure.legend(*all_axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LINES), labelcolor=MUTED)
 
     told = "; ".join(
         f"{name}, {level['levels'][0]} to {level['levels'][1]} bits, geometric mean of perplexity: "
         + ", ".join(f"{key} {np.exp(value):.2f}" for key, value in level["mean_log_perplexity"].items())
         for name in names for level in record["results"][name]["levels"]
     )  # fmt: skip
-    return figure(paint, "layerwise-quant", 720, 270 * len(names), "Perplexity as layers are lowered, in several orders", told)
+    return figure(paint, "layerwise-quant", 720, 30 + 260 * len(names), "Perplexity as layers are lowered, in several orders", told)
 
 
 def composability_figure(record: Mapping[str, Any]) -> str:
@@ -357,14 +356,14 @@ def composability_figure(record: Mapping[str, Any]) -> str:
             axes.spines[["left", "bottom"]].set_visible(False)
             axes.set_title(f"average of {budget} stored bits")
             axes.set_xlabel("change of perplexity, %")
-        all_axes[-1].legend(loc="lower right", labelcolor=MUTED)
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(marks), labelcolor=MUTED)
 
     told = "; ".join(
         f"{name} at {budget} bits: " + ", ".join(f"{q} {of[name, budget, q]:+.1f} %" for q in marks)
         for name in names
         for budget in record["budgets"]
     )
-    return figure(paint, "composability", 720, 90 + 24 * len(names), "Change of perplexity by layer scorer and quantizer", told)
+    return figure(paint, "composability", 720, 120 + 24 * len(names), "Change of perplexity by layer scorer and quantizer", told)
 
 
 if __name__ == "__main__":

@@ -36,14 +36,13 @@ def feedback_factor(hessian: Float64[Tensor, "d d"], damping: float) -> Float64[
     if not torch.isfinite(diagonal).all():
         raise NonFiniteError("the Hessian holds NaN or infinity; check the calibration inputs")
     step = damping * diagonal.mean().item()
-    flipped = hessian.flip(0, 1)
     for attempt in range(1, ATTEMPTS + 1):
-        damped = flipped.clone()
+        damped = hessian.flip(0, 1)  # a new copy each time, so that no third matrix is held
         damped.diagonal().add_(attempt * step)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed.item():
             return lower.flip(0, 1)
-        del damped, lower
     raise NonFiniteError(
         f"the Hessian is not positive definite even with {ATTEMPTS * damping:g} of its mean diagonal added; raise the damping"
     )
@@ -100,7 +99,7 @@ def round_with_feedback(
     columns = weight.shape[1]
     original = weight.float().T.contiguous()
     diagonal = factor.diagonal()
-    feedback = (factor / diagonal).float()
+    feedback = factor.float().div_(diagonal)
     squares = diagonal.double().square().tolist()
     deltas = torch.empty_like(original)
     codes = torch.empty(original.shape, dtype=torch.int8, device=weight.device)

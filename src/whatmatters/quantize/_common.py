@@ -158,7 +158,7 @@ class Rounding:
         if statistic.tokens == 0:
             codes, losses = [g.codes_of(w) for w, g in zip(weights, grids, strict=True)], [0.0] * len(sites)
         else:
-            hessian = statistic.total / statistic.tokens
+            hessian = statistic.total.div_(statistic.tokens)
             codes, losses = round_with_hessian(weights, grids, hessian, damping=damping, act_order=act_order)
         seconds = (time.perf_counter() - start) / len(sites)
         for site, grid, code, loss in zip(sites, grids, codes, losses, strict=True):

@@ -44,7 +44,7 @@ from whatmatters.reproduce._desk import (
     pooled,
     subjects,
 )
-from whatmatters.score.tokens import TokenContext, attention_concentration, score_tokens
+from whatmatters.score.tokens import TokenContext, attention_concentration, normalize_importance, score_tokens
 
 SIZES: dict[Scale, dict[str, Sizes]] = {
     "smoke": {"embedded": Sizes(4, 32, 6, 1)},
@@ -58,7 +58,7 @@ R_MIN = 0.005
 """Weight of the least important token: the paper's released scripts. Never tuned here; `VARIANTS` are measured on validation text only."""
 VARIANTS: tuple[dict[str, Any], ...] = (
     *({"r_min": r_min} for r_min in (0.1, 0.05, 0.02, 0.01, 0.005)), {"power": 2}, {"position_norm": "linear"}, {"position_norm": "sqrt"},
-    {"expand_factor": 4},
+    {"expand_factor": 4}, {"importance_settings": {"quantile": 0.95}},
 )  # fmt: skip
 """Settings of RSQ that the paper considers; the last r_min is the one that claims are about."""
 MARGIN = 0.01
@@ -321,8 +321,26 @@ def quantized(
         for bits in widths for name in names
     ]  # fmt: skip
     results["notes"] = found[widths[0], "RSQ"][0].facts.get("notes", [])
+    results["weights"] = weight_shares(subject)
     for bits in widths:
         experiment.claims += _claims(subject, bits, {name: found[bits, name] for name in names})
+
+
+def weight_shares(subject: Subject) -> list[dict[str, Any]]:
+    """Where the token weights of each block of the model as it is go: how much the first token has, and how many tokens count.
+
+    Returns:
+        For each block "first", the mean share of a sequence's weight on its first token, and "effective", (sum w)^2 / sum w^2 over the
+        number of tokens: 1 if all weights are equal.
+    """
+    scores = score_tokens(subject.model, subject.calibration(0))
+    rows = []
+    for name, value in scores.values.items():
+        w = normalize_importance(value, r_min=R_MIN)
+        total = w.sum(1)
+        rows.append({"block": name, "first": float((w[:, 0] / total).mean()),
+                     "effective": float((total.square() / w.square().sum(1)).mean() / w.shape[1])})  # fmt: skip
+    return rows
 
 
 def _interval(a: list[Measured], b: list[Measured]) -> list[float]:
