@@ -104,6 +104,16 @@ def between(claim: Mapping[str, Any]) -> str:
     return "" if claim.get("interval") is None else f"{claim['interval'][0]:+.4f} to {claim['interval'][1]:+.4f}"
 
 
+def counted(record: Mapping[str, Any]) -> str:
+    """How many claims of each tier came out how."""
+    found: dict[str, dict[str, int]] = {}
+    for claim in record["claims"]:
+        tier = found.setdefault(claim["tier"], {})
+        tier[claim["verdict"]] = tier.get(claim["verdict"], 0) + 1
+    kinds = ("shown", "refuted", "inconclusive")
+    return table(["tier", *kinds], [[tier, *(str(own.get(kind, 0)) for kind in kinds)] for tier, own in found.items()])
+
+
 def origin(record: Mapping[str, Any]) -> str:
     software = record["versions"]
     return (
@@ -121,7 +131,11 @@ def group(size: int) -> str:
 
 
 def rsq_page(record: Mapping[str, Any]) -> str:
-    parts = ["### Identities, planted tokens, costs\n", verdicts([c for c in record["claims"] if c["tier"] not in ("desk", "public")])]
+    parts = [
+        counted(record),
+        "### Identities, planted tokens, costs\n",
+        verdicts([c for c in record["claims"] if c["tier"] not in ("desk", "public")]),
+    ]
     for name in subjects(record):
         result = record["results"][name]
         parts.append(
@@ -158,7 +172,11 @@ def by_setting(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
 
 
 def layers_page(record: Mapping[str, Any]) -> str:
-    parts = ["### Closed forms and arithmetic\n", verdicts([c for c in record["claims"] if c["tier"] not in ("desk", "public")])]
+    parts = [
+        counted(record),
+        "### Closed forms and arithmetic\n",
+        verdicts([c for c in record["claims"] if c["tier"] not in ("desk", "public")]),
+    ]
     for name in subjects(record):
         result = record["results"][name]
         orders = result["orders"]
@@ -203,22 +221,28 @@ def composability_page(record: Mapping[str, Any]) -> str:
         f"{', '.join(map(str, record['levels']))}, {group(record['group_size'])}. Cells: change of the perplexity in percent, with its "
         "95 % interval over documents.\n"
     ]
-    for budget in record["budgets"]:
-        own = [row for row in record["layers"] if row["budget"] == budget]
+    for budget, by in ((budget, by) for budget in record["budgets"] for by in ("site", "block")):
+        own = [row for row in record["layers"] if row["budget"] == budget and row["by"] == by]
         cells = {(row["scorer"], row["quantizer"]): row for row in own}
-        names = sorted({row["scorer"] for row in own}, key=lambda name: cells[name, "GPTQ"]["change_percent"])
-        parts.append(f"### Average of {budget} stored bits\n")
+        names = sorted({row["scorer"] for row in own}, key=lambda name: (cells[name, "GPTQ"]["change_percent"], name))
+        parts.append(f"### Average of {budget} stored bits, by {'group of tied sites' if by == 'site' else 'block'}\n")
         rows = [
             [f"{name}{' (control, mean of draws)' if cells[name, quantizers[0]]['control'] else ''}", cells[name, quantizers[0]]["how"],
-             f"{cells[name, quantizers[0]]['stored']:.3f}", *(cell(cells[name, q]) for q in quantizers),
-             f"{record['scoring_seconds'][name]:.1f}"]
+             f"{cells[name, quantizers[0]]['stored']:.3f}", *(cell(cells[name, q]) for q in quantizers)]
             for name in names
         ]  # fmt: skip
         for bits, size in sorted({(row["bits"], row["group_size"]) for row in record["uniform"]}):
             same = [row for row in record["uniform"] if (row["bits"], row["group_size"]) == (bits, size)]
             if abs(same[0]["stored"] - budget) < 0.26:
-                rows.append([f"*uniform {bits} bits, groups of {size}*", "", f"{same[0]['stored']:.3f}", *(cell(row) for row in same), ""])
-        parts.append(table(["layer scorer", "allocation", "stored bits", *quantizers, "seconds to score"], rows))
+                rows.append([f"*uniform {bits} bits, groups of {size}*", "", f"{same[0]['stored']:.3f}", *(cell(row) for row in same)])
+        parts.append(table(["layer scorer", "allocation", "stored bits", *quantizers], rows))
+        same_plan: dict[tuple[int, ...], list[str]] = {}
+        for name in names:
+            if not cells[name, quantizers[0]]["control"]:
+                same_plan.setdefault(tuple(cells[name, quantizers[0]]["bits"]), []).append(name)
+        alike = "; ".join(", ".join(group) for group in same_plan.values() if len(group) > 1)
+        parts.append(f"Scorers that came to the same plan: {alike or 'none'}.\n")
+    parts.append("Seconds to score by site: " + ", ".join(f"{k} {v:.1f}" for k, v in record["scoring_seconds"].items()) + ".\n")
     parts.append(f"### Token scorers in RSQ, 3 bits, {len(record['seeds'])} calibration draws\n")
     parts.append(table(
         ["token scorer", "perplexity", "change to dense", "change to uniform weights", "95 % interval", "draws better than uniform"],
@@ -284,7 +308,7 @@ def rsq_figure(record: Mapping[str, Any]) -> str:
             axes.set_axisbelow(True)
             axes.spines[["left", "bottom"]].set_visible(False)
             axes.set_title(f"{name}, {bits} bits")
-            axes.set_xlabel("perplexity against rotate+GPTQ, %")
+            axes.set_xlabel("perplexity against rotate+GPTQ, % (left is better)")
         for axes in all_axes[:, 1:].flat:
             axes.tick_params(labelleft=False)
 
@@ -338,8 +362,8 @@ def layers_figure(record: Mapping[str, Any]) -> str:
 def composability_figure(record: Mapping[str, Any]) -> str:
     """Change of perplexity by scorer and quantizer, at each budget."""
     names = list(dict.fromkeys(row["scorer"] for row in record["layers"]))
-    of = {(row["scorer"], row["budget"], row["quantizer"]): row["change_percent"] for row in record["layers"]}
-    names.sort(key=lambda name: of[name, record["budgets"][0], "GPTQ"])
+    of = {(row["scorer"], row["budget"], row["quantizer"]): row["change_percent"] for row in record["layers"] if row["by"] == "site"}
+    names.sort(key=lambda name: (of[name, record["budgets"][0], "GPTQ"], name))
     marks = {"RTN": ("s", SOFT), "GPTQ": ("o", INK), "RSQ": ("D", ACCENT)}
 
     def paint(figure: Any) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from whatmatters.core import catalog
+from whatmatters.core.data import Calibration
+from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
 from whatmatters.reproduce import composability
 from whatmatters.reproduce._desk import Arms, Sizes, subjects
@@ -23,26 +25,28 @@ def bench() -> Bench:
 
 
 def test_tables_are_filled_for_every_scorer_and_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    original = composability.layer_importance
+    calls: list[tuple[str, str]] = []
+    original = composability.scores_of
 
-    def counted(slug: str, *args: Any, **settings: Any) -> Any:
-        calls.append(slug)
-        return original(slug, *args, **settings)
+    def counted(entry: catalog.Entry, bench: Bench, data: Calibration, by: str, seed: int) -> Scores:
+        calls.append((entry.slug, by))
+        return original(entry, bench, data, by, seed)
 
     def none(bench: Bench, draws: Any, progress: Any) -> list[Any]:
         return []
 
-    monkeypatch.setattr(composability, "layer_importance", counted)
-    monkeypatch.setattr(composability, "token_table", none)  # its own test below
+    monkeypatch.setattr(composability, "scores_of", counted)
+    monkeypatch.setattr(composability, "token_table", none)  # its own test below, with RSQ
+    monkeypatch.setattr(composability, "QUANTIZERS", {"RTN": composability.QUANTIZERS["RTN"]})
     record = run(scale="smoke", output=tmp_path / "assets")
     assert json.loads((tmp_path / "assets" / "composability.json").read_text(encoding="utf-8"))["layers"] == record["layers"]
     scorers = {entry.slug for entry in catalog.scorers(when="ahead")}
-    rows = {(row["scorer"], row["budget"], row["quantizer"]): row for row in record["layers"]}
-    assert rows.keys() == {(s, b, q) for s in scorers for b in BUDGETS for q in ("RTN", "GPTQ", "RSQ")}
+    rows = {(row["scorer"], row["by"], row["budget"], row["quantizer"]): row for row in record["layers"]}
+    assert rows.keys() == {(s, by, b, q) for s in scorers for by in ("site", "block") for b in BUDGETS for q in ("RTN",)}
     assert all(row["stored"] <= row["budget"] for row in rows.values())
     assert all(row["interval_percent"][0] <= row["change_percent"] <= row["interval_percent"][1] for row in rows.values())
-    assert {slug: calls.count(slug) for slug in scorers} == {s: 3 if s == "random" else 1 for s in scorers}  # once; the control 3 times
+    for slug in scorers:  # once for each grain; the control 3 times
+        assert [calls.count((slug, by)) for by in ("site", "block")] == [3 if slug == "random" else 1] * 2
 
 
 def test_equal_plans_are_quantized_once(bench: Bench) -> None:

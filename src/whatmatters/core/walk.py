@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +164,22 @@ class _Inputs:
                 self.store = _Store(folder, spill_bytes, hidden.nbytes // len(ids) * samples)
             self.store[index] = hidden
             self.arguments.append(self._shared(arguments))
+        _give_memory_back()
 
     def _check_chain(self, model: nn.Module, blocks: list[nn.Module], ids: Tensor, valid: Tensor | None) -> None:
         """One real run of one sample: every block must be given exactly what the block before it returned, once."""
-        seen: list[tuple[Tensor, Tensor]] = []
         self.tuples = False
+        calls = 0
+        chained = True
+        last: list[Tensor] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal calls, chained
+            given = args[0] if args else kwargs["hidden_states"]
             self.tuples = not isinstance(output, Tensor)
-            seen.append((args[0] if args else kwargs["hidden_states"], output[0] if self.tuples else output))
+            chained &= module is blocks[min(calls, len(blocks) - 1)] and all(given is one or torch.equal(given, one) for one in last)
+            calls += 1
+            last[:] = [output[0] if self.tuples else output]
 
         handles = [block.register_forward_hook(hook, with_kwargs=True) for block in blocks]
         try:
@@ -181,10 +187,9 @@ class _Inputs:
         finally:
             for handle in handles:
                 handle.remove()
-        chained = len(seen) == len(blocks) and all(a[1] is b[0] or torch.equal(a[1], b[0]) for a, b in pairwise(seen))
-        if not chained:
+        if not (chained and calls == len(blocks)):
             raise ModelError(
-                f"the {len(blocks)} blocks of {type(model).__name__} do not form a chain ({len(seen)} calls seen in one forward pass); "
+                f"the {len(blocks)} blocks of {type(model).__name__} do not form a chain ({calls} calls seen in one forward pass); "
                 "expected each block to take the output of the block before it"
             )
 
@@ -399,6 +404,7 @@ def walk(
                         scratch.write(index, changed, row, spent)
                 extras |= {key.removeprefix(EXTRA): value for key, value in changed.items() if key.startswith(EXTRA)}
                 del changed
+                _give_memory_back()
                 if sites:
                     rows.append(row)
                     seconds.append(spent)

@@ -1,11 +1,12 @@
 """Composability, measured: every layer scorer with every quantizer under two budgets, every token scorer in RSQ, and the bit allocators.
 
-No method of a paper and so no evidence of one: this is what the library's parts give together. Scores are computed once for each scorer;
-a plan that two scorers share is quantized and judged once. Controls: random scores, and uniform bits whose smaller groups spend the same
-bytes on scales.
+No method of a paper and so no evidence of one: this is what the library's parts give together. Layers are scored as groups of tied sites
+and as whole blocks (the papers' unit), each once for each scorer; a plan that two scorers share is quantized and judged once. Controls:
+random scores, and uniform bits whose smaller groups spend the same bytes on scales.
 """
 
 import functools
+import inspect
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from torch import nn
 
 from whatmatters.core import allocation, catalog
 from whatmatters.core.checkpoint import atomic_file
+from whatmatters.core.data import Calibration
 from whatmatters.core.formats import stored_bits
 from whatmatters.core.plans import Plan
 from whatmatters.core.progress import Progress, track
@@ -27,7 +29,6 @@ from whatmatters.core.report import versions
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import Structure, structure
 from whatmatters.quantize.gptq import gptq
-from whatmatters.quantize.layerwise_quant import layer_importance
 from whatmatters.quantize.rsq import rsq
 from whatmatters.quantize.rtn import rtn
 from whatmatters.reproduce._common import Claim, certain, commit, source_digest
@@ -43,6 +44,7 @@ SIZES: dict[Scale, dict[str, Sizes]] = {
 BUDGETS = (3.0, 3.5)
 """Average bits per weight, counted as stored."""
 LEVELS = (2, 3, 4, 8)
+GRAINS = ("site", "block")
 UNIFORM = ((2, 16), (3, 128), (3, 32), (4, 128))
 """Bits and group size of uniform arms: 2 bits in groups of 16 take 3.0, 3 bits in groups of 32 take 3.5 bits a weight."""
 QUANTIZERS: Mapping[str, Callable[..., Any]] = {"RTN": rtn, "GPTQ": gptq, "RSQ": rsq}
@@ -152,25 +154,35 @@ class Bench:
 
 
 def layer_table(bench: Bench, draws: Sequence[int], progress: Progress | None) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """A row for each scorer, budget and quantizer, and the seconds that scoring took; controls are the mean over draws."""
+    """A row for each scorer, grain, budget and quantizer, and the seconds that scoring by site took; controls are the mean over draws."""
     entries = [entry for entry in catalog.scorers(when="ahead") if entry.unit in ("layer", "weight", "channel")]
     data = bench.subject.calibration(0)
     rows, seconds = [], {}
-    for entry in track(entries, "layer scorers", len(entries), progress):
+    jobs = [(entry, by) for entry in entries for by in GRAINS]
+    for entry, by in track(jobs, "layer scorers", len(jobs), progress):
         begin = perf_counter()
         seeds = draws if entry.control else draws[:1]
-        scored = [layer_importance(entry.slug, bench.subject.copy(), data, bench.found, seed=seed) for seed in seeds]
-        seconds[entry.slug] = round((perf_counter() - begin) / len(scored), 2)
+        scored = [scores_of(entry, bench, data, by, seed) for seed in seeds]
+        if by == GRAINS[0]:
+            seconds[entry.slug] = round((perf_counter() - begin) / len(scored), 2)
         for budget in BUDGETS:
             plans = [planned(scores, budget, bench) for scores in scored]
             for quantizer in QUANTIZERS:
                 measured = pooled([bench.quantized(quantizer, plan) for plan in plans])
                 rows.append({
-                    "scorer": entry.slug, "control": entry.control, "budget": budget, "quantizer": quantizer,
+                    "scorer": entry.slug, "by": by, "control": entry.control, "budget": budget, "quantizer": quantizer,
                     "how": plans[0].settings["how"], "stored": plans[0].account["average_stored"], **change(bench.dense, measured),
                     "bits": [int(value) for value in plans[0].values.values()],
                 })  # fmt: skip
     return rows, seconds
+
+
+def scores_of(entry: catalog.Entry, bench: Bench, data: Calibration, by: str, seed: int) -> Scores:
+    """What a scorer gives, by site or by block."""
+    offered = {"unit": "layer", "by": by, "structure": bench.found, "seed": seed, "group_size": bench.group_size, "levels": LEVELS}
+    accepted = inspect.signature(entry.function).parameters
+    scores: Scores = entry.function(bench.subject.model, data, **{key: value for key, value in offered.items() if key in accepted})
+    return scores
 
 
 def planned(scores: Scores, budget: float, bench: Bench) -> Plan:
@@ -246,9 +258,11 @@ def allocator_table(bench: Bench) -> tuple[dict[str, Any], list[Claim]]:
         })  # fmt: skip
         claim = f"the optimum's predicted loss is never above {name}'s, at {len(budgets)} budgets: least excess"
         claims.append(certain(claim, "desk", float(excess.min()) > -1e-12, float(excess.min())))
+    differing = [b for b, row in zip(budgets, losses["greedy"] / losses["optimum"], strict=True) if b < 4 and row > 1 + 1e-9]
+    worst_low = max(differing, key=lambda b: losses["greedy"][budgets.index(b)] / losses["optimum"][budgets.index(b)], default=BUDGETS[0])
     measured = [
         {"allocator": name, "budget": budget, "predicted_loss": plan.account["predicted_loss"],
          **change(bench.dense, bench.quantized("RTN", plan))}
-        for budget in BUDGETS for name, own in plans.items() for plan in [own[budgets.index(budget)]]
+        for budget in sorted({*BUDGETS, worst_low}) for name, own in plans.items() for plan in [own[budgets.index(budget)]]
     ]  # fmt: skip
     return {"predicted": rows, "measured_with_RTN": measured}, claims
