@@ -10,6 +10,7 @@ from whatmatters.cli.console import Output, table
 from whatmatters.cli.estimates import Work, tell_estimate
 
 if TYPE_CHECKING:
+    from whatmatters.core.data import Calibration
     from whatmatters.score.audit import Audit
 
 
@@ -126,9 +127,9 @@ def audit(
         best = result.best or next((row.scorer for row in result.rows if not row.control), result.rows[0].scorer)
         following = [f"whatmatters score {model} --scorer {best} --text {text} -o scores.safetensors"]
         if output is not None:
-            _write(result, output, overwrite)
-            out.say(f"written: {output}")
             following = [f"whatmatters plan {output / 'scores' / f'{best}.safetensors'} --average-bits 3.5 -o plan.json"]
+            _write(result, subject, (calibration, judged), following, output, overwrite)
+            out.say(f"written: {output / 'report.html'}")
         out.finish(result.to_json() | {"model": model, "output": None if output is None else str(output)}, following=following)
 
 
@@ -155,11 +156,26 @@ def _curves(result: "Audit") -> str:
     return table(("order", "share of the weights damaged: increase of the loss, nats a token"), rows)
 
 
-def _write(result: "Audit", output: Path, overwrite: bool) -> None:
-    """The folder of an audit, whole or not at all."""
+def _write(
+    result: "Audit",
+    subject: inputs.Subject,
+    texts: tuple["Calibration", "Calibration"],
+    following: list[str],
+    output: Path,
+    overwrite: bool,
+) -> None:
+    """The folder of an audit, whole or not at all: numbers, scores that plans can be made of, and the page."""
     from whatmatters.core.checkpoint import atomic_folder
+    from whatmatters.pages.build import audit_results, text_part
+    from whatmatters.pages.report import render
+    from whatmatters.pages.results import Command
 
+    used = [text_part(what, text.source, text, text.digest) for what, text in zip(("scores", "damage"), texts, strict=True)]
+    commands = [Command("make a plan of the best score", command) for command in following]
+    page = audit_results(subject.name, subject.model, subject.structure, result, used, commands)
     with atomic_folder(output, overwrite=overwrite) as folder:
+        page.save(folder)
+        render(folder)
         result.save(folder / "audit.json")
         result.plot().savefig(folder / "audit.svg", metadata={"Date": None})
         for name, scores in result.scores.items():

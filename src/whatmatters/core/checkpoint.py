@@ -100,6 +100,12 @@ def check_output(path: PathLike, overwrite: bool = False) -> Path:
     return target
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+FILE_MODE = 0o666 & ~_UMASK
+"""Mode of what is written, as any program would have it: safetensors and temporary files come with 0600."""
+
+
 @contextmanager
 def atomic_file(path: PathLike, *, overwrite: bool = True) -> Iterator[Path]:
     """Write a file completely or not at all.
@@ -130,6 +136,7 @@ def atomic_file(path: PathLike, *, overwrite: bool = True) -> Iterator[Path]:
         yield temporary
         if not temporary.is_file():
             raise FileError(f"nothing was written for {target}")
+        os.chmod(temporary, FILE_MODE)
         _sync(temporary)
         if not overwrite and os.path.lexists(target):
             raise FileError(f"{target} came into being while it was written; it was left alone")
@@ -186,18 +193,15 @@ def atomic_folder(path: PathLike, *, overwrite: bool = False) -> Iterator[Path]:
 def _temporary(target: Path, *, folder: bool) -> Path:
     """A fresh hidden name beside `target`, with the permissions a plainly made file or folder would have."""
     parent = target.absolute().parent
-    mask = os.umask(0)
-    os.umask(mask)
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if folder:
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=parent))
-            temporary.chmod(0o777 & ~mask)
+            temporary.chmod(0o777 & ~_UMASK)
         else:
             handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=f".partial{target.suffix}", dir=parent)
             os.close(handle)
             temporary = Path(name)
-            temporary.chmod(0o666 & ~mask)
     except OSError as error:
         raise FileError(f"cannot write {target}: {_reason(error)}") from error
     return temporary
@@ -557,6 +561,14 @@ def _check_format(model: nn.Module, format: str, *, quantized: bool) -> PreTrain
     return model
 
 
+def _without_place(path: Path) -> None:
+    """Take out of a tokenizer's configuration where it was loaded from: the same model gives the same bytes everywhere."""
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only", "name_or_path")}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
 @door("save")
 def save(
     model: nn.Module,
@@ -603,10 +615,14 @@ def save(
             whole.save_pretrained(folder, state_dict=compressed_state(whole, records))
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+                _without_place(folder / "tokenizer_config.json")
             if records:
                 config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
                 config["quantization_config"] = quantization_config(model, records)
                 (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            for entry in folder.rglob("*"):
+                if entry.is_file():
+                    entry.chmod(FILE_MODE)
         except OSError as error:
             raise FileError(f"cannot write {os.fspath(path)}: {_reason(error)}") from error
     written = Path(path)

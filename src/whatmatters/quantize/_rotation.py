@@ -522,11 +522,11 @@ class Rotator:
         The head is read after the embedding was written, when they are no longer tied.
         """
         embedding = self.model.get_parameter(self.layout.embedding).detach()
-        yield self.layout.embedding, _rotated(embedding, self.stream, None)
+        yield self.layout.embedding, _as_narrow(embedding, _rotated(embedding, self.stream, None))
         norm = self.model.get_submodule(self.layout.norm)
         name, gain = next(norm.named_parameters())
         head = self.model.get_parameter(f"{self.layout.head}.weight").detach()
-        yield f"{self.layout.head}.weight", _rotated(head, self.stream, gain.detach())
+        yield f"{self.layout.head}.weight", _as_narrow(head, _rotated(head, self.stream, gain.detach()))
         yield f"{self.layout.norm}.{name}", torch.ones_like(gain.detach())
         if self.mode == "online":
             for block in self.layout.blocks:
@@ -638,6 +638,14 @@ def _rotated(weight: Float[Tensor, "rows d"], rotation: Rotation, gain: Float[Te
         part = weight[start : start + rows].double()
         result[start : start + rows] = rotation.rows(part if gain is None else part * gain.double())
     return result
+
+
+def _as_narrow(before: Float[Tensor, "rows d"], after: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
+    """`after`, rounded to float16 if `before` held float16 numbers in a wider dtype: else a checkpoint would need twice the bytes."""
+    half = torch.float16
+    if before.dtype == torch.float32 and torch.equal(before.to(half).float(), before) and bool(torch.isfinite(after.to(half)).all()):
+        return after.to(half).float()
+    return after
 
 
 @door("quantize.rotate")
