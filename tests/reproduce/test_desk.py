@@ -104,7 +104,10 @@ def test_arms_are_made_once_and_found_again(subject: Subject, tmp_path: Path) ->
     arms = Arms(tmp_path / "kept", "code")
     first = arms.measure(subject, ["a", 1], make, text)
     assert arms.measure(subject, ["a", 1], make, text) is first
-    again = Arms(tmp_path / "kept", "code").measure(subject, ["a", 1], make, text)
+    later = Arms(tmp_path / "kept", "code")
+    again = later.measure(subject, ["a", 1], make, text)
+    assert (arms.account()["kept_from_an_earlier_start"], later.account()["kept_from_an_earlier_start"]) == (0, 1)
+    assert later.account()["processor_seconds"] == arms.account()["processor_seconds"]
     assert np.array_equal(again.nats, first.nats)
     assert again.facts == {"fact": 1}
     assert made == ["arm"]

@@ -221,6 +221,7 @@ class Arms:
         self.scratch = scratch
         self.code = code
         self.known: dict[str, list[Measured]] = {}
+        self.kept = 0
 
     def measure(
         self,
@@ -255,6 +256,7 @@ class Arms:
             path = None if self.scratch is None else self.scratch / f"{key}.json"
             if path is not None and path.is_file():
                 found = json.loads(path.read_text(encoding="utf-8"))
+                self.kept += 1
             else:
                 found = compute()
                 if path is not None:
@@ -265,6 +267,11 @@ class Arms:
                 Measured(np.array(f["nats"]), np.array(f["counts"], dtype=np.int64), f["seconds"], f["facts"]) for f in found
             ]
         return self.known[key]
+
+    def account(self) -> dict[str, Any]:
+        """How much was measured: the evidence's own seconds leave out what an earlier start had measured."""
+        seconds = sum(arm.seconds for arms in self.known.values() for arm in arms)
+        return {"measured": len(self.known), "kept_from_an_earlier_start": self.kept, "processor_seconds": round(seconds, 1)}
 
 
 def pooled(arms: Sequence[Measured]) -> Measured:

@@ -111,6 +111,7 @@ def run(
             quantized(experiment, subject, list(range(seeds * subject.sizes.repeats)), widths, arms, progress)
             varied(experiment, subject, draws, widths, VARIANTS[4:6] if scale == "smoke" else VARIANTS, arms, progress)
         arithmetic(experiment)
+        experiment.results["measured_arms"] = arms.account()
     experiment.write(output, this)
     return experiment.record(this)
 
