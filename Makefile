@@ -42,6 +42,7 @@ check: lint types imports docs  ## all that is not a test
 
 bench: $(INSTALLED)  ## speed against llm-compressor, in an environment of its own
 	$(BIN)/python benchmarks/gptq.py
+	$(BIN)/python benchmarks/memory.py
 
 reproduce: $(INSTALLED)  ## every experiment, results to evidence/
 	$(OFFLINE) $(BIN)/whatmatters reproduce all

@@ -98,7 +98,7 @@ def test_the_loss_reported_is_that_of_the_damped_hessian() -> None:
 def test_the_factor_multiplies_back_and_gives_up_on_an_indefinite_matrix() -> None:
     hessian = gram(correlated(64, 20, 0))
     factor = feedback_factor(hessian, 0.01)
-    assert torch.allclose(factor @ factor.T, hessian + 0.01 * hessian.diagonal().mean() * torch.eye(20), rtol=1e-10)
+    assert torch.allclose(factor @ factor.T, hessian + 0.01 * hessian.diagonal().mean() * torch.eye(20).double(), rtol=1e-10)
     assert torch.equal(factor, factor.triu())
     singular = torch.ones(20, 20).double()
     assert torch.isfinite(feedback_factor(singular, 0.01)).all()
