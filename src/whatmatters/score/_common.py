@@ -1,6 +1,6 @@
 """What scorers share: statistics of what goes into each site of a block, and scores of weights collected site by site."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,12 +9,13 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from whatmatters.core.capture import site_inputs
-from whatmatters.core.data import Calibration
+from whatmatters.core.data import Calibration, check_fits
 from whatmatters.core.errors import InputError, ModelError, NonFiniteError
+from whatmatters.core.progress import Progress
 from whatmatters.core.scores import Scores
 from whatmatters.core.seeds import Seed
 from whatmatters.core.sites import Site, Structure, structure, version_of
-from whatmatters.core.walk import Batch, Block
+from whatmatters.core.walk import Batch, Block, walk
 from whatmatters.kernels.gram import accumulate_gram, mirror
 
 __all__ = ["Statistic", "input_statistics"]
@@ -192,3 +193,33 @@ class WeightScores:
         ordered = {site.name: self.values[site.name] for site in self.found.sites}
         scores = Scores(self.unit, ordered, method, settings, structure=self.found)
         return scores.reduce("mean", by="block") if self.unit == "layer" and self.by == "block" else scores
+
+
+def input_square_scores(
+    model: nn.Module,
+    calibration: Calibration,
+    weigh: Callable[[Tensor, Tensor], Tensor],
+    *,
+    method: str,
+    unit: str,
+    by: str,
+    structure: Structure | None,
+    progress: Progress | None,
+) -> Scores:
+    """Scores of weights from each site's weights (out, in) and the mean squares of its inputs (in,), as `weigh` puts them together."""
+    found = structure_of(model, structure)
+    collected = WeightScores(found, unit, by)
+    check_fits(model, calibration)
+
+    def visit(block: Block) -> dict[str, Any]:
+        tokens = tokens_of(block)
+        by_name = {site.name: site for site in block.sites}
+        for statistic in input_statistics(block, block.sites, kind="diagonal"):
+            squares = statistic.total / tokens
+            for name in statistic.sites:
+                weight = finite_weight(model, by_name[name])
+                collected.add(by_name[name], weigh(weight, squares.to(weight.device)))
+        return {}
+
+    walk(model, calibration, visit, structure=found, settings={}, label=method.replace("-", " "), commit=False, progress=progress)
+    return collected.scores(method, data_settings(calibration))

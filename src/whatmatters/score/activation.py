@@ -5,17 +5,16 @@ layer · score |w_ij| sqrt(mean x_j^2) · any allocation · any action. The norm
 with the amount of text; an expert's is taken over all tokens, also those it is not given, so that a rarely used one matters less.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from whatmatters.core.catalog import scorer
-from whatmatters.core.data import Calibration, check_fits
+from whatmatters.core.data import Calibration
 from whatmatters.core.progress import Progress
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import Structure
-from whatmatters.core.walk import Block, walk
-from whatmatters.score._common import WeightScores, data_settings, finite_weight, input_statistics, structure_of, tokens_of
+from whatmatters.score._common import input_square_scores
 
 __all__ = ["activation"]
 
@@ -59,19 +58,13 @@ def activation(
     References:
         Sun et al., 2023, arXiv 2306.11695.
     """
-    found = structure_of(model, structure)
-    collected = WeightScores(found, unit, by)
-    check_fits(model, calibration)
-
-    def visit(block: Block) -> dict[str, Any]:
-        tokens = tokens_of(block)
-        by_name = {site.name: site for site in block.sites}
-        for statistic in input_statistics(block, block.sites, kind="diagonal"):
-            norms = (statistic.total / tokens).sqrt()
-            for name in statistic.sites:
-                weight = finite_weight(model, by_name[name])
-                collected.add(by_name[name], weight.float().abs() * norms.to(weight.device).float())
-        return {}
-
-    walk(model, calibration, visit, structure=found, settings={}, label="activation", commit=False, progress=progress)
-    return collected.scores("activation", data_settings(calibration))
+    return input_square_scores(
+        model,
+        calibration,
+        lambda weight, squares: weight.float().abs() * squares.sqrt().float(),
+        method="activation",
+        unit=unit,
+        by=by,
+        structure=structure,
+        progress=progress,
+    )

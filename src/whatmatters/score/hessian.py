@@ -6,17 +6,16 @@ square of the activation score, so both give the same order within a site; their
 are divided by all tokens.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
 from whatmatters.core.catalog import scorer
-from whatmatters.core.data import Calibration, check_fits
+from whatmatters.core.data import Calibration
 from whatmatters.core.progress import Progress
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import Structure
-from whatmatters.core.walk import Block, walk
-from whatmatters.score._common import WeightScores, data_settings, finite_weight, input_statistics, structure_of, tokens_of
+from whatmatters.score._common import input_square_scores
 
 __all__ = ["hessian_diagonal"]
 
@@ -60,19 +59,13 @@ def hessian_diagonal(
     References:
         LeCun et al., "Optimal Brain Damage", 1989; Frantar and Alistarh, "Optimal Brain Compression", 2022, arXiv 2208.11580.
     """
-    found = structure_of(model, structure)
-    collected = WeightScores(found, unit, by)
-    check_fits(model, calibration)
-
-    def visit(block: Block) -> dict[str, Any]:
-        tokens = tokens_of(block)
-        by_name = {site.name: site for site in block.sites}
-        for statistic in input_statistics(block, block.sites, kind="diagonal"):
-            squares = statistic.total / tokens
-            for name in statistic.sites:
-                weight = finite_weight(model, by_name[name])
-                collected.add(by_name[name], weight.double().square() * squares.to(weight.device))
-        return {}
-
-    walk(model, calibration, visit, structure=found, settings={}, label="hessian diagonal", commit=False, progress=progress)
-    return collected.scores("hessian-diagonal", data_settings(calibration))
+    return input_square_scores(
+        model,
+        calibration,
+        lambda weight, squares: weight.double().square() * squares,
+        method="hessian-diagonal",
+        unit=unit,
+        by=by,
+        structure=structure,
+        progress=progress,
+    )
