@@ -340,7 +340,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     few, many = _python(SCAN, str(warm), str(small)), _python(SCAN, str(warm), str(large))
     assert many["now"] > 160e6
     shard = many["now"] / 16
-    assert many["peak"] < few["peak"] + shard
+    # Which freed pages the allocator gives back varies by a shard or two; a scan that kept what it read would need twelve more.
+    assert many["peak"] < few["peak"] + 4 * shard
     assert many["peak"] < 6 * shard
 
 
