@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import build, inputs
 from whatmatters.core import catalog
 from whatmatters.core.catalog import Entry
 from whatmatters.core.data import Calibration
@@ -24,6 +23,7 @@ from whatmatters.core.report import Report
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
 from whatmatters.score import score_tokens
+from whatmatters.testing.families import build, inputs
 
 EVIDENCE = Path(__file__).parents[1] / "evidence"
 METHODS = catalog.methods()

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from families import VOCABULARY, build
 from whatmatters.cli.main import app
+from whatmatters.testing.families import VOCABULARY, build
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

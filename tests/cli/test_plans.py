@@ -109,7 +109,7 @@ def test_masks_and_ratios(run, work, tiny, layers):
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
 def test_plan_for_every_tool_writes_its_own_file(run, work, tool, saved):
-    from families import build
+    from whatmatters.testing.families import build
 
     found = structure(build("llama", hidden=256, intermediate=512))
     values = {block: torch.tensor(float(i)) for i, block in enumerate(found.blocks)}

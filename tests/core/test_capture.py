@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import FAMILIES, build, inputs
 from whatmatters.core.capture import attention_queries, attention_received, settings_of, site_inputs
 from whatmatters.core.data import call_model
 from whatmatters.core.sites import structure
+from whatmatters.testing.families import FAMILIES, build, inputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)

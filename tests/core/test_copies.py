@@ -5,10 +5,10 @@ import pickle
 
 import torch
 
-from families import build
 from whatmatters.core.plans import Plan
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
+from whatmatters.testing.families import build
 
 
 def test_scores_and_plans_are_copied_and_pickled_whole() -> None:

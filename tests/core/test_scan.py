@@ -16,7 +16,6 @@ from scipy import stats
 from torch import nn
 from transformers import LlamaConfig, MixtralConfig
 
-from families import build
 from whatmatters.core import allocation
 from whatmatters.core.checkpoint import load_meta, save
 from whatmatters.core.errors import BudgetError, FileError, FormatError, InputError, ModelError, NonFiniteError
@@ -24,6 +23,7 @@ from whatmatters.core.scan import Needs, Scan, needs, scan
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
 from whatmatters.quantize.rtn import rtn
+from whatmatters.testing.families import build
 
 GROUP = 16
 

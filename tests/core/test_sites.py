@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from families import FAMILIES, build
 from whatmatters.core.errors import FormatError, ModelError
 from whatmatters.core.sites import Structure, find_blocks, structure
+from whatmatters.testing.families import FAMILIES, build
 
 EXPECTED = {
     # family: (blocks, sites in a block, sizes of the tie groups in a block, uncovered in a block)

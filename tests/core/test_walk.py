@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import whatmatters.core.walk as walk_module
-from families import FAMILIES, build, inputs
 from whatmatters.core.data import Calibration, call_model
 from whatmatters.core.errors import FileError, ModelError, NonFiniteError, ResumeError
 from whatmatters.core.sites import structure
 from whatmatters.core.walk import Block, walk
+from whatmatters.testing.families import FAMILIES, build, inputs
 
 
 def data(family: str, samples: int = 6, batch: int = 2) -> Calibration:

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from families import build, inputs
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import FileError, FormatError, InputError, NonFiniteError
 from whatmatters.core.sites import structure
 from whatmatters.core.walk import Block, walk
 from whatmatters.interop import Imatrix, imatrix_of, read_imatrix, write_imatrix
 from whatmatters.score._common import Statistic, input_statistics
+from whatmatters.testing.families import build, inputs
 
 
 def small() -> Imatrix:

@@ -15,7 +15,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from families import build
 from whatmatters.core import allocation
 from whatmatters.core.checkpoint import save
 from whatmatters.core.errors import FileError, FormatError, InputError, InputTypeError, UnknownNameError
@@ -25,6 +24,7 @@ from whatmatters.core.scores import Scores
 from whatmatters.core.sites import Structure, structure
 from whatmatters.interop import TOOLS, tool
 from whatmatters.quantize.rtn import rtn
+from whatmatters.testing.families import build
 
 GROUP = 16
 WIDE = {"hidden": 256, "intermediate": 512}  # llama.cpp's blocks of 256

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from families import build, inputs
 from whatmatters.core.data import Calibration
 from whatmatters.core.evaluate import Difference, Measurement
 from whatmatters.core.sites import structure
@@ -14,6 +13,7 @@ from whatmatters.pages.build import arm_part, audit_results, average_bits, model
 from whatmatters.pages.report import page
 from whatmatters.pages.results import Results
 from whatmatters.score.audit import audit
+from whatmatters.testing.families import build, inputs
 
 
 @pytest.fixture(scope="module")

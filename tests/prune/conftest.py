@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import build, inputs
 from whatmatters.core.data import Calibration
+from whatmatters.testing.families import build, inputs
 
 
 def correlated(family: str, samples: int = 6, length: int = 24, batch: int = 2) -> Calibration:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import whatmatters.core.allocation as allocate
-from families import FAMILIES, build
 from whatmatters.core.catalog import get_method
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import InputError, InputTypeError, ModelError, NonFiniteError, ResumeError
@@ -18,6 +17,7 @@ from whatmatters.core.plans import Plan
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
 from whatmatters.prune import apply, magnitude, sparsegpt, wanda
+from whatmatters.testing.families import FAMILIES, build
 
 Case = Callable[[str], tuple[nn.Module, Calibration]]
 

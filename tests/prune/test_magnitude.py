@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import whatmatters.core.allocation as allocate
-from families import FAMILIES, build
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import BudgetError, InputError, InputTypeError
 from whatmatters.core.plans import Plan
@@ -19,6 +18,7 @@ from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
 from whatmatters.prune import magnitude
 from whatmatters.prune.magnitude import global_cut
+from whatmatters.testing.families import FAMILIES, build
 
 Case = Callable[[str], tuple[nn.Module, Calibration]]
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import whatmatters.core.allocation as allocate
-from families import FAMILIES, build
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import BudgetError, InputError, InputTypeError, NonFiniteError
 from whatmatters.core.plans import Plan
@@ -20,6 +19,7 @@ from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
 from whatmatters.prune import magnitude, sparsegpt, wanda
 from whatmatters.prune.sparsegpt import quota
+from whatmatters.testing.families import FAMILIES, build
 
 Case = Callable[[str], tuple[nn.Module, Calibration]]
 Seen = Callable[[nn.Module, Calibration], dict[str, Tensor]]

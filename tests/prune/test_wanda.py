@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import whatmatters.core.allocation as allocate
-from families import FAMILIES, build
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import InputError, NonFiniteError
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
 from whatmatters.prune import magnitude, wanda
+from whatmatters.testing.families import FAMILIES, build
 
 Case = Callable[[str], tuple[nn.Module, Calibration]]
 Seen = Callable[[nn.Module, Calibration], dict[str, Tensor]]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import FAMILIES, build, inputs
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import InputError, InputTypeError, ModelError, NonFiniteError, WhatMattersError
 from whatmatters.core.formats import attached, dequantize
@@ -17,6 +16,7 @@ from whatmatters.core.sites import structure
 from whatmatters.kernels.feedback import feedback_factor, round_with_feedback_reference
 from whatmatters.quantize import gptq, rtn
 from whatmatters.quantize._common import round_with_hessian
+from whatmatters.testing.families import FAMILIES, build, inputs
 
 SETTINGS = GridSettings(-1, True, True)
 

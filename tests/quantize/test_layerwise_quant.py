@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from families import build, inputs
 from whatmatters.core.catalog import scorers
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import BudgetError, DataError, InputError, InputTypeError, NonFiniteError, UnknownNameError, WhatMattersError
@@ -22,6 +21,7 @@ from whatmatters.core.report import Report
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
 from whatmatters.quantize import bits_sweep, gptq, layerwise_quant, rsq, rtn
+from whatmatters.testing.families import build, inputs
 
 
 def data() -> Calibration:

@@ -27,13 +27,13 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from families import VOCABULARY, build, inputs
 from whatmatters.core import walk as walk_module
 from whatmatters.core.checkpoint import save
 from whatmatters.core.errors import FileError, FormatError, InputError, ModelError, NonFiniteError, ResumeError
 from whatmatters.core.sites import structure
 from whatmatters.quantize import hadamard, random_orthogonal, rotate
 from whatmatters.quantize._rotation import Rotator, rotation
+from whatmatters.testing.families import VOCABULARY, build, inputs
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from families import VOCABULARY, build, inputs
 from whatmatters.core.catalog import scorers
 from whatmatters.core.checkpoint import save
 from whatmatters.core.data import Calibration, call_model
@@ -26,6 +25,7 @@ from whatmatters.quantize import expand_dataset, gptq, rotate, rsq
 from whatmatters.quantize._common import round_with_hessian
 from whatmatters.score._common import Statistic, input_statistics
 from whatmatters.score.tokens import TokenContext, mean_one, normalize_importance, score_tokens
+from whatmatters.testing.families import VOCABULARY, build, inputs
 
 GRID = GridSettings(-1, True, True)
 BAD = {"group_size": 8, "rotate": None, "token_scores": "uniform"}

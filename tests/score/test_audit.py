@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from families import build, inputs
 from whatmatters.core import catalog
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import DataError, FormatError, InputError, InputTypeError, ModelError, UnknownNameError, WhatMattersError
@@ -28,6 +27,7 @@ from whatmatters.core.sites import structure
 from whatmatters.score import Ablation, Audit, ablate, audit
 from whatmatters.score._agreement import draws, permutations, spearman
 from whatmatters.score.audit import _saved, _Units
+from whatmatters.testing.families import build, inputs
 
 QUICK: dict[str, Any] = {"steps": 3, "orders": 2, "resamples": 200, "curve_samples": None}
 

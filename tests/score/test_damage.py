@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import build, inputs
 from whatmatters.core.allocation import bits as allocate_bits
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import DataError, InputError, InputTypeError, ModelError
@@ -18,6 +17,7 @@ from whatmatters.core.seeds import derived
 from whatmatters.core.sites import structure
 from whatmatters.score import ablate, ablation, quantization_error, zeroth_order
 from whatmatters.score._losses import FromBlock, gradients, sequence_nats
+from whatmatters.testing.families import build, inputs
 
 LANGUAGE = ["llama", "qwen3", "gpt2", "mixtral"]
 

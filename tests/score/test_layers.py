@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-from families import build, inputs
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import InputError, ModelError, NonFiniteError
 from whatmatters.core.sites import structure
 from whatmatters.score import layer_shift, weight_outliers
+from whatmatters.testing.families import build, inputs
 
 
 def stack(*weights: Tensor) -> nn.Sequential:

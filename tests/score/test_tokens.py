@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from families import build, inputs
 from whatmatters.core.catalog import scorers
 from whatmatters.core.data import Calibration, call_model
 from whatmatters.core.errors import InputError, InputTypeError, ModelError, NonFiniteError, UnknownNameError
@@ -31,6 +30,7 @@ from whatmatters.score.tokens import (
     token_frequency,
     token_similarity,
 )
+from whatmatters.testing.families import build, inputs
 
 EAGER = ["llama", "qwen3", "gpt2", "mixtral"]
 

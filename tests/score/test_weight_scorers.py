@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import FAMILIES, build, inputs
 from whatmatters.core.capture import settings_of, site_inputs
 from whatmatters.core.catalog import scorers
 from whatmatters.core.data import Calibration, call_model
 from whatmatters.core.errors import DataError, ModelError, NonFiniteError
 from whatmatters.core.sites import Site, structure
 from whatmatters.score import activation, fisher, gradient, hessian_diagonal, magnitude, random
+from whatmatters.testing.families import FAMILIES, build, inputs
 
 LANGUAGE = ["llama", "qwen3", "gpt2", "mixtral"]
 AHEAD = scorers("layer", "ahead")

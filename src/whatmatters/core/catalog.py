@@ -17,7 +17,7 @@ from whatmatters.core.errors import DataError, UnknownNameError, WhatMattersErro
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ROOMS = ("score", "quantize", "prune")
+ROOMS = ("nn", "score", "quantize", "prune", "tune", "tokens", "infer", "decode", "select", "sae", "explain", "represent")
 """Rooms that hold catalog entries, lowest floor first."""
 
 UNITS = ("weight", "channel", "head", "layer", "token", "pair", "tile", "sample", "feature", "concept", "prototype", "component", "task",
@@ -45,6 +45,7 @@ class Entry:
     needs_text: bool = False
     needs_gradients: bool = False
     control: bool = False  # a scorer that is meant to know nothing
+    form: str = "action"  # how it is called: the name of a file in `whatmatters.testing.forms`
 
     @property
     def summary(self) -> str:
@@ -127,6 +128,7 @@ def method(
     kind: str = "method",
     needs_text: bool = True,
     needs_gradients: bool = False,
+    form: str = "action",
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register the entry point of a method, or of a baseline with `kind="baseline"` (which needs no evidence).
 
@@ -141,13 +143,21 @@ def method(
         kind: "method" or "baseline".
         needs_text: it takes calibration data.
         needs_gradients: it cannot run under `torch.inference_mode`.
+        form: how it is called, the name of a file in `whatmatters.testing.forms`: "action" (model, calibration -> Report) is that of
+            quantizers and pruners. A class may be registered too; it is returned as it is, and completes its own errors.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        wrapped = door(f"{job}.{function.__name__}")(_with_data(function) if needs_text else function)
+        if inspect.isclass(function):
+            wrapped = function
+        else:
+            wrapped = door(f"{job}.{function.__name__}")(_with_data(function) if needs_text else function)
         _register(
-            Entry(slug, wrapped, kind, job, unit, paper, score, allocation, action, needs_text=needs_text, needs_gradients=needs_gradients)
-        )
+            Entry(
+                slug, wrapped, kind, job, unit, paper, score, allocation, action, needs_text=needs_text, needs_gradients=needs_gradients,
+                form=form,
+            )
+        )  # fmt: skip
         return wrapped
 
     return decorate

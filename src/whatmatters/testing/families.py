@@ -1,4 +1,4 @@
-"""Tiny models of each family, built from config with seeded random weights: one table for every test that runs over families."""
+"""Tiny models of each family, built from config with seeded random weights: one table for every check that runs over families."""
 
 from collections.abc import Callable
 

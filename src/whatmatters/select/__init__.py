@@ -1,0 +1,5 @@
+"""Selection of samples and features. One file a method."""
+
+from whatmatters.core.catalog import open_room
+
+__all__ = open_room(__name__, globals())
