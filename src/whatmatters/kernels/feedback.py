@@ -117,7 +117,7 @@ def round_with_feedback(
     columns = weight.shape[1]
     original = weight.float().T.contiguous()
     diagonal = factor.diagonal()
-    feedback = factor.float().div_(diagonal)
+    feedback = factor.float().div_(diagonal.float())  # a float64 divisor would make float64 copies of the whole
     squares = diagonal.double().square().tolist()
     deltas = torch.empty_like(original)
     codes = torch.empty(original.shape, dtype=torch.int8, device=weight.device)
