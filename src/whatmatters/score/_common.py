@@ -15,7 +15,7 @@ from whatmatters.core.progress import Progress
 from whatmatters.core.scores import Scores
 from whatmatters.core.seeds import Seed
 from whatmatters.core.sites import Site, Structure, structure, version_of
-from whatmatters.core.walk import Batch, Block, walk
+from whatmatters.core.walk import Batch, Block, give_memory_back, walk
 from whatmatters.kernels.gram import accumulate_gram, mirror
 
 __all__ = ["Statistic", "input_statistics"]
@@ -60,6 +60,7 @@ def input_statistics(
     Raises:
         ModelError: an expert is given tokens that cannot be followed back to their positions, and weights or padding need them to be.
     """
+    give_memory_back()  # of the solve before, so that peaks do not add up
     found: dict[str, Statistic] = {}
     alias: dict[str, str] = {}
     wanted = {site.name for site in sites}
