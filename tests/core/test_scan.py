@@ -23,7 +23,7 @@ from whatmatters.core.scan import Needs, Scan, needs, scan
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
 from whatmatters.quantize.rtn import rtn
-from whatmatters.testing.families import build
+from whatmatters.testing.families import build, causal
 
 GROUP = 16
 
@@ -81,7 +81,7 @@ def test_a_normal_site_has_the_numbers_of_the_normal_distribution() -> None:
     assert "2 is constant" in scan(model, levels=(4,)).notes
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", causal())
 @pytest.mark.parametrize("shard", [None, "20KB"])
 def test_streamed_equals_in_memory(family: str, shard: str | None, tmp_path: Path) -> None:
     path = saved(family, tmp_path, shard)

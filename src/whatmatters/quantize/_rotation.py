@@ -390,7 +390,7 @@ def _gain_offset(norm: _NormUse) -> float:
         factor = (y * scaled).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True).clamp(min=1e-300)
         off = float((y - factor * scaled).norm() / y.norm().clamp(min=1e-300))
         if len(gains) == 1 and off <= max(1e-4, 8 * torch.finfo(norm.outputs.dtype).eps):
-            fitting.append((float((factor * rms - 1).abs().max()), offset))
+            fitting.append((float((factor * rms - 1).abs().mean()), offset))
     if not fitting:
         raise ModelError(
             f"{norm.name} ({type(norm.module).__name__}) is no RMS norm with a plain gain (it subtracts a mean, adds a bias, or its gain "
