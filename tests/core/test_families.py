@@ -35,7 +35,7 @@ def test_score_plan_quantize_prune_save_reload(family: str, tmp_path: Path) -> N
     assert levels.keys() == sizes.keys()
     assert 3 < sum(int(levels[name]) * size for name, size in sizes.items()) / sum(sizes.values()) <= 3.5
     assert all(len({levels[name] for name in group}) == 1 for group in found.ties)
-    assert [r for r in support.runs] == ["rtn", "gptq", "wanda"]
+    assert list(support.runs) == ["rtn", "gptq", "wanda"]
     for name, run in support.runs.items():
         assert {r["site"] for r in run.report.rows} == sizes.keys()
         assert run.changed > 1e-3  # what is read back is not the model of before
@@ -121,9 +121,8 @@ def test_blocks_in_a_walk_do_what_they_do_in_the_model(family: str) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
         return {}
 
-    assert len(walk(model, data, visit, structure=found, settings={}, commit=False).rows) == sum(
-        1 for b in found.blocks if found.in_block(b)
-    )
+    result = walk(model, data, visit, structure=found, settings={}, commit=False)
+    assert len(result.rows) == sum(1 for name in found.blocks if found.in_block(name))
 
 
 class Masked(nn.Module):
@@ -211,7 +210,7 @@ def test_a_table_of_one_slice_is_no_stack_of_matrices() -> None:
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.causal and family.given == "tokens"])
 def test_a_model_that_fills_in_masks_has_no_loss_of_the_next_token(family: str) -> None:
     model, data = build(family), calibration(family)
-    with pytest.raises(ModelError, match="does not predict the next token|expected logits"):
+    with pytest.raises(ModelError, match=r"does not predict the next token|expected logits"):
         logits(model, data.inputs)
     with pytest.raises(ModelError):
         evaluate(model, data)

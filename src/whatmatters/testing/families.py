@@ -18,11 +18,11 @@ from whatmatters.core.data import Calibration
 __all__ = ["FAMILIES", "VOCABULARY", "Family", "build", "calibration", "causal", "inputs", "reloadable"]
 
 VOCABULARY = 64
-SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 IMAGE = 8
 """Height and width of the tiny images, in pixels."""
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128,
     "vocab_size": VOCABULARY,
 }  # fmt: skip
@@ -39,7 +39,6 @@ class Family:
         given: what it is given: token ids, images or vectors.
         causal: whether it predicts the next token.
         loader: the stock loader of transformers that reads its checkpoints; None for a model that has none.
-        pads: whether samples may be padded.
     """
 
     make: Callable[..., nn.Module]
@@ -60,8 +59,8 @@ def _of(config: str, loader: str = "AutoModelForCausalLM", **settings: Any) -> n
 
 
 def llama(layers: int = 2, hidden: int = 32, intermediate: int = 64, tied: bool = False) -> nn.Module:
-    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers, "tie_word_embeddings": tied}
-    return _of("LlamaConfig", **GROUPED | SPECIAL | sizes)
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    return _of("LlamaConfig", tie_word_embeddings=tied, **GROUPED | SPECIAL | sizes)
 
 
 def sequential() -> nn.Module:
@@ -88,8 +87,10 @@ def _opt(**settings: Any) -> nn.Module:
 
 
 def _qwen2_moe() -> nn.Module:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
-    return _of("Qwen2MoeConfig", **GROUPED, **SPECIAL, **experts)
+    return _of(
+        "Qwen2MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64,
+        **GROUPED, **SPECIAL,
+    )  # fmt: skip
 
 
 def _vit() -> nn.Module:

@@ -99,6 +99,7 @@ def demonstrate(family: str, folder: Path) -> Support:
         model = _read(family, folder / "original")
     found = structure(model)
     plan = bits(activation(model, data, by="site", structure=found), AVERAGE, LEVELS, count="codes")
+    levels = {name: int(level) for name, level in plan.values.items()}
     runs = {}
     for name in ("rtn", "gptq", "wanda"):
         changed = copy.deepcopy(model)
@@ -107,7 +108,7 @@ def demonstrate(family: str, folder: Path) -> Support:
         else:
             quantize = rtn if name == "rtn" else gptq
             report = quantize(changed, data, bits=plan, group_size=GROUP, allow_uncovered=True)
-        runs[name] = _saved(family, folder / name, model, changed, report, {} if name == "wanda" else plan.values, data)
+        runs[name] = _saved(family, folder / name, model, changed, report, {} if name == "wanda" else levels, data)
     return Support(family, type(model).__name__, found, plan, runs, _rsq(family, data), _has_loss(model, data))
 
 
@@ -158,7 +159,7 @@ def _rsq(family: str, data: Calibration) -> str:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         try:
             rsq(model, data, rotate=rotate, group_size=GROUP, allow_uncovered=True)
         except ModelError:
