@@ -88,7 +88,7 @@ def _opt(**settings: Any) -> nn.Module:
 
 def _qwen2_moe() -> nn.Module:
     return _of(
-        "Qwen2MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64,
+        "Qwen2MoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, shared_expert_intermediate_size=64,
         **GROUPED, **SPECIAL,
     )  # fmt: skip
 
