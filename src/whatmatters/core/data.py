@@ -326,13 +326,16 @@ def logits(model: nn.Module, inputs: Tensor, valid: Tensor | None = None) -> Flo
     """Logits of a causal language model on one micro-batch, from the Hugging Face output object or a plain tensor.
 
     Raises:
-        ModelError: the model gives no (samples, length, vocabulary) logits.
+        ModelError: the model gives no (samples, length, vocabulary) logits, or they are not of the next token: a model says by
+            `can_generate` that it fills in what is masked.
     """
     output = call_model(model, inputs, valid)
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.dim() != 3 or output.shape[:2] != inputs.shape or not output.is_floating_point():
         shown = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(f"{type(model).__name__} gives {shown}; expected logits (samples, length, vocabulary) of a causal language model")
+    if not getattr(model, "can_generate", lambda: True)():
+        raise ModelError(f"{type(model).__name__} does not predict the next token; expected a causal language model")
     return output
 
 

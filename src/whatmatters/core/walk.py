@@ -10,6 +10,7 @@ import contextlib
 import copy
 import ctypes
 import hashlib
+import inspect
 import json
 import shutil
 import sys
@@ -52,7 +53,7 @@ class Batch:
         hidden: input of the block, (samples, ...).
         ids: the calibration inputs it came from, (samples, ...).
         valid: False at padding, (samples, length), or None.
-        arguments: keyword arguments of the block (masks, position embeddings).
+        arguments: the block's other arguments (masks, position embeddings), by name.
     """
 
     index: int
@@ -175,7 +176,7 @@ class _Inputs:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal calls, chained
-            given = args[0] if args else kwargs["hidden_states"]
+            given = _named(module, args, kwargs)[0]
             self.tuples = not isinstance(output, Tensor)
             chained &= module is blocks[min(calls, len(blocks) - 1)] and all(given is one or torch.equal(given, one) for one in last)
             calls += 1
@@ -199,9 +200,9 @@ class _Inputs:
         arguments: list[dict[str, Any]] = []
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs.pop("hidden_states")
+            hidden, others = _named(blocks[len(arguments)], args, kwargs)
             first.append(hidden)
-            arguments.append(kwargs)
+            arguments.append(others)
             if len(arguments) == len(blocks):
                 raise _Stop
             return (hidden,) if self.tuples else hidden
@@ -233,6 +234,19 @@ class _Inputs:
                     f"{block.name} gives NaN or infinity on micro-batch {batch.index}; check the model's dtype and the data"
                 )
             self.store[batch.index] = output
+
+
+def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """What a block was called with: its input, which is the first that its class's `forward` takes, and all other arguments by name.
+
+    Raises:
+        ModelError: arguments without a name.
+    """
+    names = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    if len(args) > len(names) or any(p.kind is p.VAR_POSITIONAL for p in names[: len(args)]):
+        raise ModelError(f"{type(block).__name__} is called with {len(args)} arguments that its forward does not name; expected named ones")
+    others = {p.name: value for p, value in zip(names, args, strict=False)} | kwargs
+    return others.pop(names[0].name), others
 
 
 def _equal(a: Any, b: Any) -> bool:
