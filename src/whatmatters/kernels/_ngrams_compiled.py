@@ -32,9 +32,7 @@ ROUNDS = np.array([
     0xD192E819, 0xD6990624, 0xF40E3585, 0x106AA070, 0x19A4C116, 0x1E376C08, 0x2748774C, 0x34B0BCB5, 0x391C0CB3, 0x4ED8AA4A, 0x5B9CCA4F,
     0x682E6FF3, 0x748F82EE, 0x78A5636F, 0x84C87814, 0x8CC70208, 0x90BEFFFA, 0xA4506CEB, 0xBEF9A3F7, 0xC67178F2,
 ], dtype=np.uint32)  # fmt: skip
-START = np.array(
-    [0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19], dtype=np.uint32
-)
+START = np.array([0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A, 0x510E527F, 0x9B05688C, 0x1F83D9AB, 0x5BE0CD19], dtype=np.uint32)
 
 
 @compiled
@@ -105,7 +103,7 @@ def fast_buckets(text, begin, end, orders, buckets, kind, lower, ids, indptr, to
                 else:
                     point, following = _code_point(text, place)
                     now = np.int64(kind[point]) if point < known else 2
-                    if point == SIGMA or point == DOTTED_I:
+                    if point in (SIGMA, DOTTED_I):
                         odd[document] = True
             else:
                 now = 0
@@ -263,7 +261,7 @@ def exact_buckets(text, begin, end, orders, buckets, kind, lower, ids, indptr, t
                 else:
                     point, following = _code_point(text, place)
                     now = np.int64(kind[point]) if point < known else 2
-                    if point == SIGMA or point == DOTTED_I:
+                    if point in (SIGMA, DOTTED_I):
                         odd[document] = True
             else:
                 now = 0
@@ -347,7 +345,7 @@ def _four(text, at, stop):
 @compiled
 @no_type_check
 def _string(text, at, stop, plain, to):
-    """Copy a JSON string, whose first byte is at `at`, without its escapes: (behind the closing quote or -1, end of the copy, surrogates)."""
+    """Copy a JSON string from its first byte on, without escapes: (behind the closing quote or -1, end of the copy, surrogates)."""
     lone = 0
     while at < stop:
         byte = text[at]

@@ -10,7 +10,7 @@ import json
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from whatmatters.kernels.ngrams import Face, compiled_face
+from whatmatters.kernels.ngrams import compiled_face
 
 __all__ = ["Lines", "texts_of_lines"]
 
@@ -48,7 +48,7 @@ def texts_of_lines(
     stops: Int64[np.ndarray, " lines"],
     field: str,
     *,
-    face: Face = "auto",
+    face: str = "auto",
 ) -> Lines:
     """The field's text of each line.
 

@@ -17,9 +17,6 @@ from jaxtyping import Int64, UInt8
 
 from whatmatters.core.errors import DataError, FileError, InputTypeError, MissingExtraError
 from whatmatters.kernels.json_lines import texts_of_lines
-from whatmatters.kernels.ngrams import Face
-
-__all__ = ["BLANK", "REPAIRED", "UNREAD", "Batch", "Corpus", "Piece", "Source", "corpus", "copied_rows", "read"]
 
 Source = str | os.PathLike[str] | Sequence[str] | Sequence[os.PathLike[str]]
 """A path, a list of paths (`pathlib.Path`), or a list of texts (strings)."""
@@ -119,10 +116,8 @@ class Corpus:
                 made.append(Piece(len(made), number, path, kind, packing))
             else:
                 size = os.path.getsize(path)
-                made.extend(
-                    Piece(len(made) + i, number, path, kind, first=first, stop=min(first + PIECE, size))
-                    for i, first in enumerate(range(0, size, PIECE))
-                )
+                for first in range(0, size, PIECE):
+                    made.append(Piece(len(made), number, path, kind, first=first, stop=min(first + PIECE, size)))
         return made
 
     def fingerprint(self) -> list[Any]:
@@ -155,7 +150,7 @@ def corpus(source: Source, what: str) -> Corpus:
     if all(isinstance(item, str) for item in source):
         texts = cast(Sequence[str], source)
         if all(_is_file_name(text) for text in texts):
-            raise DataError(f"{what} is a list of strings that name files, first {texts[0]!r:.80}; give them as pathlib.Path, or their texts")
+            raise DataError(f"{what} is a list of strings that name files, first {texts[0]!r:.60}; give pathlib.Path, or the texts")
         return Corpus(("",), tuple(texts))
     for item in source:
         if not isinstance(item, os.PathLike):
@@ -218,7 +213,7 @@ def _row_groups(path: str, column: str) -> Iterator[tuple[int, int, int]]:
             first, size, row = group + 1, 0, rows
 
 
-def read(piece: Piece, column: str, face: Face) -> Iterator[Batch]:
+def read(piece: Piece, column: str, face: str) -> Iterator[Batch]:
     """The rows of a piece, in order."""
     if piece.kind == "texts":
         yield _texts(piece)
@@ -291,7 +286,8 @@ def _blocks(piece: Piece) -> Iterator[tuple[int, bytes, str]]:
 
 def _unpacked_blocks(chunks: Iterator[tuple[bytes, str]]) -> Iterator[tuple[int, bytes, str]]:
     offset, parts, size, broken = 0, [], 0, ""
-    for chunk, broken in chunks:
+    for chunk, told in chunks:
+        broken = told
         parts.append(chunk)
         size += len(chunk)
         if size >= BLOCK and b"\n" in chunk:
@@ -330,7 +326,7 @@ def _unpacked(file: Any, packing: str) -> Iterator[tuple[bytes, str]]:
         yield unpack.flush() or b"", f"the {packing} file ends early: it is truncated"
 
 
-def _lines(piece: Piece, offset: int, block: bytes, broken: str, column: str, face: Face) -> Batch:
+def _lines(piece: Piece, offset: int, block: bytes, broken: str, column: str, face: str) -> Batch:
     """The texts of whole lines; a last one without a newline counts, unless the file broke off in it."""
     text = np.frombuffer(block, np.uint8)
     stops = np.flatnonzero(text == 10).astype(np.int64)
@@ -374,8 +370,7 @@ def _repaired(
     reasons: list[tuple[int, str]],
 ) -> tuple[UInt8[np.ndarray, " more"], Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"]]:
     """The same rows as valid UTF-8: rows that are not are decoded with replacement characters, and told."""
-    whole = memoryview(text[begin[0] : end[-1]]) if len(begin) else memoryview(b"")
-    if _is_utf8(whole):
+    if not len(begin) or _is_utf8(text[begin[0] : end[-1]].tobytes()):
         return text, begin, end
     begin, end = begin.copy(), end.copy()
     added, size = [text], len(text)
@@ -393,8 +388,7 @@ def _repaired(
     return np.concatenate(added), begin, end
 
 
-def _is_utf8(data: memoryview) -> bool:
-    content = data.tobytes()
+def _is_utf8(content: bytes) -> bool:
     if content.isascii():
         return True
     try:

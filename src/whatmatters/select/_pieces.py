@@ -15,19 +15,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt64
 
 from whatmatters.core.checkpoint import atomic_file
 from whatmatters.core.errors import DataError, FormatError, InputError, MissingExtraError
-from whatmatters.kernels.ngrams import BucketHash, Face, HashedTexts, Hasher
+from whatmatters.kernels.json_lines import texts_of_lines
+from whatmatters.kernels.ngrams import HashedTexts, Hasher
 from whatmatters.select._corpus import REPAIRED, UNREAD, Batch, Piece, read
 
-__all__ = ["Done", "Engine", "Features", "Task", "done", "each", "load_rows", "row_type", "write_rows"]
-
-Engine = Literal["local", "ray"]
 LISTED = 1000
 """Reasons that are kept for each piece; all bad rows are marked in the rows, with or without a reason."""
 
@@ -47,9 +45,9 @@ class Features:
 
     orders: int
     buckets: int
-    hash: BucketHash
+    hash: str
     tokenizer: Any
-    face: Face
+    face: str
     column: str
 
     def hasher(self) -> Hasher:
@@ -58,7 +56,7 @@ class Features:
 
 
 @functools.lru_cache(1)
-def _hasher(orders: int, buckets: int, hash: BucketHash, tokenizer: Any, face: Face) -> Hasher:
+def _hasher(orders: int, buckets: int, hash: str, tokenizer: Any, face: str) -> Hasher:
     return Hasher(orders, buckets, hash, tokenizer=tokenizer, face=face)
 
 
@@ -235,13 +233,6 @@ def _write_footer(file: Any, result: Done) -> None:
     file.write(text + struct.pack("<Q", len(text)))
 
 
-def write_rows(path: Path, rows: Any, result: Done) -> None:
-    """Write rows with what is known about their piece behind them, atomically."""
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        rows.tofile(file)
-        _write_footer(file, result)
-
-
 def load_rows(path: Path, targets: int, *, only_summary: bool = False) -> tuple[Done, Any]:
     """What is known about a piece, and its rows (mapped from the file); raises FormatError for anything but a whole file of ours."""
     kind = row_type(targets)
@@ -265,7 +256,7 @@ def load_rows(path: Path, targets: int, *, only_summary: bool = False) -> tuple[
 # Engines
 
 
-def each(tasks: Iterable[Task], *, jobs: int, engine: Engine) -> Iterator[Done]:
+def each(tasks: Iterable[Task], *, jobs: int, engine: str) -> Iterator[Done]:
     """Do the tasks and yield what came of them, in their order; few are in flight at any time.
 
     Raises:
@@ -282,8 +273,16 @@ def each(tasks: Iterable[Task], *, jobs: int, engine: Engine) -> Iterator[Done]:
     return _by_processes(listed, min(jobs, len(listed)))
 
 
+def _load(features: Features) -> None:
+    """Load compiled code once, before the processes part."""
+    line = np.frombuffer(b'{"text": "a"}', np.uint8)
+    found = texts_of_lines(line, np.zeros(1, np.int64), np.array([len(line)]), "text", face=features.face)
+    texts = features.hasher().hashed(found.plain, found.begin, found.end)
+    features.hasher().products(np.zeros(features.buckets), texts)
+
+
 def _by_processes(tasks: list[Task], jobs: int) -> Iterator[Done]:
-    tasks[0].features.hasher()  # compiled code is loaded once, before the processes part
+    _load(tasks[0].features)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context)
     try:

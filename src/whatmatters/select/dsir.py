@@ -13,34 +13,34 @@ on n-grams for the raw fit takes pieces of the corpus in a random order instead 
 additions, off by default.
 """
 
-import functools
+import itertools
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64, UInt64
+from jaxtyping import Bool, Float64, Int64
 from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator
 
 from whatmatters.core.allocation import top_k as largest
 from whatmatters.core.catalog import method
-from whatmatters.core.checkpoint import PathLike, atomic_file, atomic_folder, check_output
-from whatmatters.core.errors import BudgetError, DataError, FileError, FormatError, InputError, ResumeError
+from whatmatters.core.checkpoint import PathLike, atomic_file, check_output
+from whatmatters.core.errors import BudgetError, DataError, FileError, FormatError, InputError
 from whatmatters.core.progress import Progress
 from whatmatters.core.scores import Scores
 from whatmatters.core.seeds import Seed, derived
-from whatmatters.kernels.ngrams import BucketHash, Face, compiled_face
-from whatmatters.select._corpus import UNREAD, Corpus, Piece, Source, copied_rows, corpus
-from whatmatters.select._pieces import Done, Engine, Features, Task, each, hashed64, load_rows
+from whatmatters.kernels.ngrams import compiled_face
+from whatmatters.select._corpus import UNREAD, Corpus, Piece, corpus
+from whatmatters.select._pieces import Done, Features, Task, each, hashed64, load_rows
+from whatmatters.select._run import TOLD, Counts, Run, by_line
+from whatmatters.select._selection import DSIRSelection, RowProblem, write_selection
 
-__all__ = ["DSIR", "DSIRSelection", "RowProblem", "hashed_ngrams", "kl_reduction"]
+__all__ = ["DSIR", "hashed_ngrams", "kl_reduction"]
 
 FLOOR = 1e-8
 """Added to both distributions before the logarithm: bounds what one n-gram can say to 18 nats either way."""
@@ -80,7 +80,7 @@ def divergence(p: Float64[np.ndarray, "*targets buckets"], q: Float64[np.ndarray
     return float(terms.sum(axis=-1).mean())
 
 
-def kl_reduction(target: Any, raw: Any, selected: Any, *, smoothing: float = 0.5) -> float:
+def kl_reduction(target: Any, raw: Any, selected: Any, *, smoothing: float | int = 0.5) -> float:
     """How much nearer to the target the selection is than the raw corpus: KL(target || raw) - KL(target || selected), in nats.
 
     Compare selections of equal token count: a small one has more empty buckets, which the divergence punishes.
@@ -106,7 +106,9 @@ def kl_reduction(target: Any, raw: Any, selected: Any, *, smoothing: float = 0.5
     """
     p, q, s = (np.asarray(counts, dtype=np.float64) for counts in (target, raw, selected))
     if p.ndim not in (1, 2) or q.ndim != 1 or q.shape != s.shape or p.shape[-1:] != q.shape:
-        raise InputError(f"counts of shapes {p.shape}, {q.shape} and {s.shape}; expected (buckets,) three times, or (targets, buckets) first")
+        raise InputError(
+            f"counts of shapes {p.shape}, {q.shape} and {s.shape}; expected (buckets,) three times, or (targets, buckets) first"
+        )
     if not smoothing >= 0 or not np.isfinite(smoothing):
         raise InputError(f"smoothing is {smoothing}; expected a finite number of at least 0")
     for name, counts in (("target", p), ("raw", q), ("selected", s)):
@@ -122,7 +124,7 @@ def kl_reduction(target: Any, raw: Any, selected: Any, *, smoothing: float = 0.5
 
 
 def hashed_ngrams(
-    texts: Sequence[str], *, ngrams: int = 2, num_buckets: int = 10_000, hash: BucketHash = "sha256", tokenizer: Any = "wordpunct"
+    texts: Sequence[str], *, ngrams: int = 2, num_buckets: int = 10_000, hash: str = "sha256", tokenizer: Any = "wordpunct"
 ) -> Any:
     """Counts of the hashed n-grams of each text, as a sparse matrix.
 
@@ -142,7 +144,7 @@ def hashed_ngrams(
 
     Example:
         >>> hashed_ngrams(["Alice went"]).indices.tolist()
-        [114, 4466, 6720]
+        [114, 5816, 6720]
 
     References:
         arXiv 2302.03169, section 3.
@@ -159,76 +161,7 @@ def hashed_ngrams(
     return matrix
 
 
-# What is chosen
-
-
-@dataclass(frozen=True)
-class RowProblem:
-    """A row that could not be used as it was.
-
-    Attributes:
-        file: path of the file; empty for texts in memory.
-        line: its line or row, from 1; one behind the last where a file broke off.
-        reason: what was wrong.
-    """
-
-    file: str
-    line: int
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class DSIRSelection:
-    """The documents that were chosen, in the order of the corpus.
-
-    Attributes:
-        indices: number of each among all rows of all files, from 0; for a list of texts, its index.
-        file: number of its file.
-        line: its line or row in the file, from 1.
-        where: what finds it again: byte offset of the line, or number of the row.
-        log_weight: its log importance weight for the target that chose it.
-        tokens: its tokens.
-        inclusion_probability: probability that it is chosen given the bound on the keys; sum of f / probability over the chosen is an
-            unbiased estimate of the sum of f over all eligible.
-        target: number of the target that chose it.
-        files: names of the files.
-        kl_reduction: KL(target || raw) - KL(target || selected), nats, add-0.5 smoothing.
-        overlap_with_top_k: share that plain top-k chooses too.
-        eligible: rows that could have been chosen.
-        rows: all rows of the corpus, blank ones included.
-        too_short: rows with fewer tokens than `min_tokens`.
-        unread: rows that could not be read.
-        repaired: rows that were read with bytes replaced.
-        known: rows with the same n-grams as a document of the target: leakage, where the target is what you test on.
-        settings: everything that decided the choice.
-    """
-
-    indices: Int64[np.ndarray, " k"]
-    file: Int64[np.ndarray, " k"]
-    line: Int64[np.ndarray, " k"]
-    where: Int64[np.ndarray, " k"]
-    log_weight: Float64[np.ndarray, " k"]
-    tokens: Int64[np.ndarray, " k"]
-    inclusion_probability: Float64[np.ndarray, " k"]
-    target: Int64[np.ndarray, " k"]
-    files: tuple[str, ...]
-    kl_reduction: float
-    overlap_with_top_k: float
-    eligible: int
-    rows: int
-    too_short: int
-    unread: int
-    repaired: int
-    known: int
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the rows."""
-        named = ("kl_reduction", "overlap_with_top_k", "eligible", "rows", "too_short", "unread", "repaired", "known", "settings")
-        return {"count": len(self), "tokens": int(self.tokens.sum()), **{name: getattr(self, name) for name in named}}
+# The draw
 
 
 class _Largest:
@@ -276,11 +209,15 @@ def _features(ngrams: int, num_buckets: int, hash: str, tokenizer: Any, kernel: 
     if not isinstance(column, str) or not column:
         raise InputError(f"field is {column!r:.40}; expected the name of the text field")
     compiled_face(kernel)
-    return Features(int(ngrams), int(num_buckets), hash, None if tokenizer == "wordpunct" else tokenizer, kernel, column)  # type: ignore[arg-type]
+    return Features(int(ngrams), int(num_buckets), hash, None if tokenizer == "wordpunct" else tokenizer, kernel, column)
 
 
 def _whole(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 @method(
@@ -338,18 +275,18 @@ class DSIR(BaseEstimator):
         ngrams: int = 2,
         num_buckets: int = 10_000,
         tokenizer: Any = "wordpunct",
-        hash: BucketHash = "sha256",
-        target_smoothing: float = 0.0,
-        temperature: float = 1.0,
+        hash: str = "sha256",
+        target_smoothing: float | int = 0.0,
+        temperature: float | int = 1.0,
         length_normalize: bool = False,
         min_tokens: int = 100,
-        max_ngrams: int | Literal["auto", "all"] = "auto",
+        max_ngrams: int | str = "auto",
         separate_targets: bool = False,
-        target_proportions: Sequence[float] | None = None,
+        target_proportions: Sequence[float | int] | None = None,
         field: str = "text",
         n_jobs: int = -1,
-        engine: Engine = "local",
-        kernel: Face = "auto",
+        engine: str = "local",
+        kernel: str = "auto",
     ) -> None:
         self.ngrams = ngrams
         self.num_buckets = num_buckets
@@ -388,38 +325,40 @@ class DSIR(BaseEstimator):
         source = corpus(raw, "raw")
         # What is computed on the way stays where it is; settings that only choose among weights may change between runs.
         deciding = ("ngrams", "num_buckets", "hash", "target_smoothing", "max_ngrams", "separate_targets", "field")
-        self._run = _Run(run_dir, resume, {
+        self._run = Run(run_dir, resume, {
             **{name: getattr(self, name) for name in deciding}, "tokenizer": _named(self.tokenizer),
             "raw": source.fingerprint(), "target": [part.fingerprint() for part in targets],
         })  # fmt: skip
         self._raw, self._pieces = source, source.pieces(self.field)
-        problems: list[RowProblem] = []
-        counts, prints = [], []
+        self.problems_: list[RowProblem] = []
+        states = []
         for number, part in enumerate(targets):
-            total, found, told = self._counted(
-                part, part.pieces(self.field), features, limit if self.separate_targets else None, f"target{number}",
-                f"target {number + 1} of {len(targets)}" if len(targets) > 1 else "target", progress, fingerprints=True,
-            )  # fmt: skip
-            counts.append(total)
-            prints.append(found)
-            problems += told
-        # A random order, so that a cap does not take what comes first; counts do not depend on it otherwise.
-        order = self._pieces if limit is None else [self._pieces[i] for i in np.argsort(hashed64(np.arange(len(self._pieces), dtype=np.uint64)))]
-        self.raw_counts_, _, told = self._counted(source, order, features, limit, "raw", "raw", progress)
-        self.target_counts_ = np.stack(counts)
-        self.problems_ = problems + told
+            label = f"target {number + 1} of {len(targets)}" if len(targets) > 1 else "target"
+            pieces = part.pieces(self.field)
+            capped = limit if self.separate_targets else None
+            states.append(self._counted(pieces, features, capped, f"target{number}", label, progress, fingerprints=True))
+            self._tell(part, pieces, states[-1])
+        pieces = self._pieces
+        if limit is not None:
+            # A random order, so that a cap does not take what comes first; without one the order does not matter.
+            pieces = [pieces[i] for i in np.argsort(hashed64(np.arange(len(pieces), dtype=np.uint64)))]
+        counted = self._counted(pieces, features, limit, "raw", "raw", progress)
+        self._told = counted.pieces == len(pieces) and counted.complete
+        if self._told:
+            self._tell(source, pieces, counted)
+        self.raw_counts_ = counted.counts
+        self.target_counts_ = np.stack([state.counts for state in states])
         self.log_ratio_ = log_ratio(self.target_counts_, self.raw_counts_, self.target_smoothing)
-        self._prints = np.unique(np.concatenate(prints))
+        self._prints = np.unique(np.concatenate([state.fingerprints for state in states]))
         self._weighed = False
-        _tell(self.problems_)
         return self
 
     def _checked(self) -> tuple[Features, int | None]:
         features = _features(self.ngrams, self.num_buckets, self.hash, self.tokenizer, self.kernel, self.field)
-        for name, low in (("target_smoothing", 0.0), ("temperature", None)):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not np.isfinite(value) or (value < 0 if low == 0.0 else value <= 0):
-                raise InputError(f"{name} is {value!r:.40}; expected a finite number {'of at least' if low == 0.0 else 'above'} 0")
+        if not _finite(self.target_smoothing) or self.target_smoothing < 0:
+            raise InputError(f"target_smoothing is {self.target_smoothing!r:.40}; expected a finite number of at least 0")
+        if not _finite(self.temperature) or self.temperature <= 0:
+            raise InputError(f"temperature is {self.temperature!r:.40}; expected a finite number above 0")
         if not _whole(self.min_tokens) or self.min_tokens < 0:
             raise InputError(f"min_tokens is {self.min_tokens!r:.40}; expected a whole number of at least 0")
         if not (self.max_ngrams in ("auto", "all") or (_whole(self.max_ngrams) and int(self.max_ngrams) > 0)):
@@ -433,8 +372,11 @@ class DSIR(BaseEstimator):
 
     def _targets(self, target: Any) -> list[Corpus]:
         if not self.separate_targets:
+            if self.target_proportions is not None:
+                raise InputError("target_proportions are given for targets that are taken as one; set separate_targets=True")
             return [corpus(target, "target")]
-        if isinstance(target, str | bytes | os.PathLike) or not isinstance(target, Sequence) or any(isinstance(part, str) for part in target):
+        listed = isinstance(target, Sequence) and not isinstance(target, str | bytes)
+        if not listed or any(isinstance(part, str) for part in target):
             raise InputError("separate_targets needs a list of paths (pathlib.Path) or a list of lists of texts as target")
         found = [corpus(part, f"target {number + 1}") for number, part in enumerate(target)]
         if not found:
@@ -443,7 +385,9 @@ class DSIR(BaseEstimator):
         if shares is not None:
             given = np.asarray(shares, np.float64)
             if given.shape != (len(found),) or not np.isfinite(given).all() or (given < 0).any() or not given.sum() > 0:
-                raise InputError(f"target_proportions are {shares!r:.60} for {len(found)} targets; expected a number of at least 0 for each")
+                raise InputError(
+                    f"target_proportions are {shares!r:.60} for {len(found)} targets; expected a number of at least 0 for each"
+                )
         return found
 
     @property
@@ -452,7 +396,6 @@ class DSIR(BaseEstimator):
 
     def _counted(
         self,
-        source: Corpus,
         pieces: list[Piece],
         features: Features,
         limit: int | None,
@@ -460,15 +403,16 @@ class DSIR(BaseEstimator):
         label: str,
         progress: Progress | None,
         fingerprints: bool = False,
-    ) -> tuple[Int64[np.ndarray, " buckets"], UInt64[np.ndarray, " documents"], list[RowProblem]]:
+    ) -> Counts:
         """Counts of a corpus: piece after piece, from where an earlier run stopped, up to the limit."""
         state = self._run.counts(name, self.num_buckets)
         if progress is not None:
             progress(label, state.pieces, len(pieces))
-        tasks = [Task(piece, features, limit, fingerprints) for piece in pieces[state.pieces :]]
         if not state.complete:
+            left = pieces[state.pieces :]
+            tasks = [Task(piece, features, limit, fingerprints) for piece in left]
             try:
-                for piece, result in zip(pieces[state.pieces :], each(tasks, jobs=self._jobs, engine=self.engine), strict=True):
+                for piece, result in zip(left, each(tasks, jobs=self._jobs, engine=self.engine), strict=True):
                     state.add(result, piece)
                     self._run.keep(name, state, now=False)
                     if progress is not None:
@@ -479,11 +423,19 @@ class DSIR(BaseEstimator):
             finally:
                 self._run.keep(name, state, now=True)
         if not state.ngrams:
-            raise DataError(
-                f"{label} has no text: none of its {state.rows} rows holds a token; "
-                + (f"first: row {state.reasons[0][1] + 1}: {state.reasons[0][2]}" if state.reasons else "all are blank")
-            )
-        return state.counts, state.fingerprints, _located(source, pieces, state)
+            first = f"row {state.reasons[0][1] + 1}: {state.reasons[0][2]}" if state.reasons else "all are blank"
+            raise DataError(f"{label} has no text: none of its {state.rows} rows holds a token; {first}")
+        return state
+
+    def _tell(self, source: Corpus, pieces: list[Piece], state: Counts) -> None:
+        """Warn of rows that could not be used as they are, with file and line."""
+        bad = state.unread + state.repaired
+        if not bad:
+            return
+        lines = {piece.number: (source.files[piece.file], line) for piece, line in by_line(pieces[: len(state.lengths)], state.lengths)}
+        found = [RowProblem(lines[n][0], lines[n][1] + row + 1, reason) for n, row, reason in sorted(state.reasons)]
+        self.problems_ += found
+        _warn(found, bad)
 
     def _weigh(self, progress: Progress | None) -> None:
         """Weights of all rows, piece by piece into the run folder."""
@@ -505,9 +457,15 @@ class DSIR(BaseEstimator):
             if progress is not None:
                 progress("weights", count, len(self._pieces))
         self._weighed = True
+        if not self._told:
+            self._told = True
+            found = list(itertools.islice(self.problems(), TOLD))
+            self.problems_ += found
+            if found:
+                _warn(found, sum(result.unread + result.repaired for _, _, result, _ in self._rows()))
 
     def _rows(self) -> Iterator[tuple[Piece, int, Done, Any]]:
-        """(piece, number of its first row in its file, what is known of it, its rows)."""
+        """(piece, number of rows before it in its file, what is known of it, its rows)."""
         file, line = -1, 0
         for piece in self._pieces:
             result, rows = load_rows(self._run.rows(piece), len(self.log_ratio_))
@@ -556,7 +514,7 @@ class DSIR(BaseEstimator):
         counted = self._totals()
         if k > counted["eligible"]:
             raise BudgetError(
-                f"{k} documents of {counted['eligible']} that are eligible; of {counted['rows']} rows, {counted['too_short']} have fewer than "
+                f"{k} documents of {counted['eligible']} eligible ones; of {counted['rows']} rows, {counted['too_short']} have fewer than "
                 f"min_tokens={self.min_tokens} tokens and {counted['unread']} could not be read: lower min_tokens, or ask for fewer"
             )
         quotas = _quotas(k, self._shares())
@@ -580,7 +538,12 @@ class DSIR(BaseEstimator):
                 stacklevel=2,
             )
         settings = {name: value for name, value in self.get_params().items() if name not in ("n_jobs", "engine", "kernel")}
-        settings |= {"tokenizer": _named(self.tokenizer), "k": int(k), "top_k": top_k, "seed": seed if isinstance(seed, int) else "generator"}
+        settings |= {
+            "tokenizer": _named(self.tokenizer),
+            "k": int(k),
+            "top_k": top_k,
+            "seed": seed if isinstance(seed, int) else "generator",
+        }
         return DSIRSelection(
             merged["index"], merged["file"], merged["line"] + 1, merged["where"], merged["weight"], merged["tokens"].astype(np.int64),
             merged["probability"], merged["target"], self._raw.files, kl_reduction(self.target_counts_, self.raw_counts_, selected),
@@ -644,6 +607,7 @@ class DSIR(BaseEstimator):
             first += rows
         total = np.zeros(self.num_buckets, np.int64)
         for count, result in enumerate(each(tasks, jobs=self._jobs, engine=self.engine), 1):
+            assert result.counts is not None
             total += result.counts
             if progress is not None:
                 progress("selection", count, len(tasks))
@@ -673,28 +637,7 @@ class DSIR(BaseEstimator):
         Raises:
             FileError: it exists, or cannot be written.
         """
-        with atomic_folder(output, overwrite=overwrite) as folder:
-            names = []
-            for number in np.unique(selection.file).tolist():
-                path = self._raw.files[number]
-                name = Path(path).name.removesuffix(".gz").removesuffix(".zst") if path else "texts.jsonl"
-                names.append(name if len(self._raw.files) == 1 else f"{number:05d}-{name}")
-                self._copy(path, selection.where[selection.file == number], folder / names[-1])
-            _write_table(selection, folder / "selection.parquet")
-            told = {**selection.to_json(), "files": list(self._raw.files), "written": names, "problems": [asdict(p) for p in self.problems_]}
-            (folder / "selection.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        return Path(output)
-
-    def _copy(self, path: str, where: Int64[np.ndarray, " rows"], output: Path) -> None:
-        if path.lower().endswith(".parquet"):
-            _copy_parquet(path, where, output)
-            return
-        with output.open("wb") as file:
-            if path:
-                file.writelines(copied_rows(path, where))
-            else:
-                texts = self._raw.texts or ()
-                file.writelines(json.dumps({"text": texts[i]}).encode() + b"\n" for i in where.tolist())
+        return write_selection(selection, self._raw, self.problems_, output, overwrite=overwrite)
 
     def save(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Write counts and settings as safetensors; nothing of the corpora but their counts."""
@@ -745,98 +688,20 @@ class DSIR(BaseEstimator):
         made.raw_counts_, made.target_counts_ = arrays["raw_counts"], arrays["target_counts"]
         if made.raw_counts_.shape != (made.num_buckets,) or made.target_counts_.shape[1:] != (made.num_buckets,):
             raise FormatError(f"{os.fspath(path)} holds counts of shape {made.raw_counts_.shape} for {made.num_buckets} buckets")
-        made._prints, made.problems_, made._weighed = arrays["fingerprints"].view(np.uint64), [], False
+        made._prints, made.problems_, made._weighed, made._told = arrays["fingerprints"].view(np.uint64), [], False, False
         made.log_ratio_ = log_ratio(made.target_counts_, made.raw_counts_, made.target_smoothing)
         made._raw = corpus(raw, "raw")
         made._pieces = made._raw.pieces(made.field)
-        made._run = _Run(run_dir, False, {"loaded": told, "raw": made._raw.fingerprint()})
+        made._run = Run(run_dir, False, {"loaded": told, "raw": made._raw.fingerprint()})
         return made
 
 
-# The run folder
-
-
-@dataclass
-class _Counts:
-    counts: Int64[np.ndarray, " buckets"]
-    fingerprints: UInt64[np.ndarray, " documents"]
-    pieces: int = 0
-    rows: int = 0
-    ngrams: int = 0
-    complete: bool = False
-    reasons: list[tuple[int, int, str]] = field(default_factory=list)  # (piece, row of the piece, reason)
-    lengths: list[int] = field(default_factory=list)  # rows of each piece, in the order of counting
-
-    def add(self, result: Done, piece: Piece) -> None:
-        assert result.counts is not None
-        self.counts += result.counts
-        if result.fingerprints is not None:
-            self.fingerprints = np.unique(np.concatenate([self.fingerprints, result.fingerprints]))
-        if len(self.reasons) < 1000:
-            self.reasons.extend((piece.number, row, reason) for row, reason in result.reasons)
-        self.pieces += 1
-        self.rows += result.rows
-        self.ngrams += result.ngrams
-        self.lengths.append(result.rows)
-
-
-class _Run:
-    """The folder of a run: what it is about, the counts so far, the weights of each finished piece."""
-
-    def __init__(self, folder: PathLike | None, resume: bool, about: dict[str, Any]) -> None:
-        about = json.loads(json.dumps(about, default=str))
-        self.last = 0.0
-        if folder is None:
-            self.holder = tempfile.TemporaryDirectory(prefix="whatmatters-dsir-")
-            self.folder = Path(self.holder.name)
-        else:
-            self.folder = Path(folder)
-            described = self.folder / "run.json"
-            if described.exists():
-                if not resume:
-                    raise FileError(f"{self.folder} holds a run already; continue it with resume=True (--resume), or choose another folder")
-                try:
-                    before = json.loads(described.read_text(encoding="utf-8"))
-                except (OSError, ValueError) as error:
-                    raise FormatError(f"{described} cannot be read: {error}") from None
-                changed = sorted(name for name in before.keys() | about.keys() if before.get(name) != about.get(name))
-                if changed:
-                    raise ResumeError(f"the run in {self.folder} is of another {', '.join(changed)}; use the same, or another folder")
-                return
-            check_output(self.folder, overwrite=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(about), encoding="utf-8")
-
-    def rows(self, piece: Piece) -> Path:
-        """Where the weights of a piece are."""
-        return self.folder / "rows" / f"{piece.number // 1000:05d}" / f"{piece.number:08d}.rows"
-
-    def counts(self, name: str, buckets: int) -> _Counts:
-        """Counts as an earlier run left them, or none yet."""
-        path = self.folder / f"{name}.npz"
-        if not path.exists():
-            return _Counts(np.zeros(buckets, np.int64), np.empty(0, np.uint64))
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return _Counts(stored["counts"], stored["fingerprints"], **json.loads(str(stored["told"])))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{path} is no state of a run ({error}); remove the run folder and start again") from None
-
-    def keep(self, name: str, state: _Counts, *, now: bool) -> None:
-        """Write the counts so far, at most every few seconds unless told `now`."""
-        import time
-
-        if not now and time.monotonic() - self.last < 5.0:
-            return
-        told = {key: getattr(state, key) for key in ("pieces", "rows", "ngrams", "complete", "reasons", "lengths")}
-        with atomic_file(self.folder / f"{name}.npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, counts=state.counts, fingerprints=state.fingerprints, told=json.dumps(told))
-        self.last = time.monotonic()
-
-
 def _named(tokenizer: Any) -> str:
-    return tokenizer if isinstance(tokenizer, str) else f"{getattr(tokenizer, '__module__', '')}.{getattr(tokenizer, '__qualname__', tokenizer)}"
+    return (
+        tokenizer
+        if isinstance(tokenizer, str)
+        else f"{getattr(tokenizer, '__module__', '')}.{getattr(tokenizer, '__qualname__', tokenizer)}"
+    )
 
 
 def _quotas(k: int, shares: Float64[np.ndarray, " targets"]) -> list[int]:
@@ -846,44 +711,6 @@ def _quotas(k: int, shares: Float64[np.ndarray, " targets"]) -> list[int]:
     return quotas
 
 
-def _located(source: Corpus, pieces: list[Piece], state: _Counts) -> list[RowProblem]:
-    """Reasons with file and line; the line is unknown, told as that of the piece, where pieces before it were not counted."""
-    lengths = {piece.number: rows for piece, rows in zip(pieces, state.lengths, strict=False)}
-    firsts: dict[int, int] = {}
-    line, file = 0, -1
-    for piece in sorted(pieces, key=lambda piece: piece.number):
-        line = line if piece.file == file else 0
-        file = piece.file
-        firsts[piece.number] = line
-        line += lengths.get(piece.number, 0)
-    of = {piece.number: piece.file for piece in pieces}
-    return [RowProblem(source.files[of[number]], firsts[number] + row + 1, reason) for number, row, reason in sorted(state.reasons)]
-
-
-def _tell(problems: list[RowProblem]) -> None:
-    if problems:
-        shown = "; ".join(f"{p.file or 'texts'}, line {p.line}: {p.reason}" for p in problems[:5])
-        warnings.warn(f"{len(problems)} rows could not be used as they are ({shown}{'; ...' if len(problems) > 5 else ''})", stacklevel=3)
-
-
-def _write_table(selection: DSIRSelection, path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    names = ("indices", "file", "line", "log_weight", "tokens", "inclusion_probability", "target")
-    pyarrow.parquet.write_table(pyarrow.table({name: getattr(selection, name) for name in names}), path)
-
-
-def _copy_parquet(path: str, rows: Int64[np.ndarray, " rows"], output: Path) -> None:
-    """Copy rows with all columns, one row group in memory at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file, pyarrow.parquet.ParquetWriter(output, file.schema_arrow) as writer:
-        first = 0
-        for group in range(file.metadata.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            low, high = np.searchsorted(rows, [first, first + count])
-            if high > low:
-                writer.write_table(file.read_row_group(group, use_threads=False).take(pyarrow.array(rows[low:high] - first)))
-            first += count
+def _warn(problems: Sequence[RowProblem], count: int) -> None:
+    shown = "; ".join(f"{p.file or 'texts'}, line {p.line}: {p.reason}" for p in problems[:5])
+    warnings.warn(f"{count} rows could not be used as they are ({shown}{'; ...' if count > 5 else ''})", stacklevel=4)
