@@ -7,6 +7,8 @@ from typing import no_type_check
 
 import numba
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 compiled = numba.njit(nogil=True, cache=True)
 
@@ -21,8 +23,8 @@ LOW = np.uint64(0xFFFFFFFF)
 
 SIGMA, DOTTED_I = 0x3A3, 0x130  # capitals whose lower case depends on their neighbours, or is two characters
 
-KEY = 27  # bytes of an n-gram that the memo keeps; one byte more is its length
-SLOT = 32  # bytes of a memo entry: key, length, bucket
+KEY_WORDS = 7
+"""An entry of the memo: seven words of eight bytes for the n-gram, one for its length and bucket; a cache line in all."""
 
 ROUNDS = np.array([
     0x428A2F98, 0x71374491, 0xB5C0FBCF, 0xE9B5DBA5, 0x3956C25B, 0x59F111F1, 0x923F82A4, 0xAB1C5ED5, 0xD807AA98, 0x12835B01, 0x243185BE,
@@ -165,16 +167,12 @@ def sha256_bucket(text, begin, end, buckets, words, state):
     for block in range((length + 9 + 63) // 64):
         origin = begin + 64 * block
         for i in range(16):
-            word = np.uint32(0)
-            for j in range(4):
-                place = origin + 4 * i + j
-                byte = np.uint32(0)
-                if place < end:
-                    byte = np.uint32(text[place])
-                elif place == end:
-                    byte = np.uint32(0x80)
-                word = np.uint32((word << np.uint32(8)) | byte)
-            words[i] = word
+            words[i] = np.uint32(0)
+        present = min(64, max(0, end - origin))
+        for i in range(present):
+            words[i >> 2] |= np.uint32(np.uint32(text[origin + i]) << np.uint32(24 - 8 * (i & 3)))
+        if 0 <= end - origin < 64:
+            words[present >> 2] |= np.uint32(np.uint32(0x80) << np.uint32(24 - 8 * (present & 3)))
         if 64 * block + 64 >= length + 9:
             words[14] = np.uint32((8 * length) >> 32)
             words[15] = np.uint32((8 * length) & 0xFFFFFFFF)
@@ -186,8 +184,8 @@ def sha256_bucket(text, begin, end, buckets, words, state):
         a, b, c, d = state[0], state[1], state[2], state[3]
         e, f, g, h = state[4], state[5], state[6], state[7]
         for i in range(64):
-            one = np.uint32(h + (_rotated(e, 6) ^ _rotated(e, 11) ^ _rotated(e, 25)) + ((e & f) ^ (~e & g)) + ROUNDS[i] + words[i])
-            two = np.uint32((_rotated(a, 2) ^ _rotated(a, 13) ^ _rotated(a, 22)) + ((a & b) ^ (a & c) ^ (b & c)))
+            one = np.uint32(h + (_rotated(e, 6) ^ _rotated(e, 11) ^ _rotated(e, 25)) + (g ^ (e & (f ^ g))) + ROUNDS[i] + words[i])
+            two = np.uint32((_rotated(a, 2) ^ _rotated(a, 13) ^ _rotated(a, 22)) + ((a & b) | (c & (a | b))))
             h = g
             g = f
             f = e
@@ -204,52 +202,47 @@ def sha256_bucket(text, begin, end, buckets, words, state):
         state[5] = np.uint32(state[5] + f)
         state[6] = np.uint32(state[6] + g)
         state[7] = np.uint32(state[7] + h)
+    many = np.uint64(buckets)
+    if many & (many - np.uint64(1)) == np.uint64(0):
+        return np.int64(np.uint64(state[7]) & (many - np.uint64(1)))  # m is a power of two: its last bits are in the last word
     rest = np.uint64(0)
     for i in range(8):
-        rest = ((rest << U32) | np.uint64(state[i])) % np.uint64(buckets)
+        rest = ((rest << U32) | np.uint64(state[i])) % many
     return np.int64(rest)
 
 
-@compiled
+@intrinsic
 @no_type_check
-def _remembered(text, begin, end, value, buckets, memo, words, state):
-    """The bucket of text[begin:end] from the memo, or computed and kept there; the bytes themselves are compared, so it is exact."""
-    length = end - begin
-    if length > KEY:
-        return sha256_bucket(text, begin, end, buckets, words, state), 1
-    slot = np.int64(value >> np.uint64(8)) & (len(memo) - 1)
-    entry = memo[slot]
-    if entry[KEY] == length:
-        differ = np.uint8(0)
-        for i in range(length):
-            differ |= entry[i] ^ text[begin + i]
-        if differ == 0:
-            bucket = np.int64(entry[28]) | (np.int64(entry[29]) << 8) | (np.int64(entry[30]) << 16) | (np.int64(entry[31]) << 24)
-            return bucket, 0
-    bucket = sha256_bucket(text, begin, end, buckets, words, state)
-    for i in range(length):
-        entry[i] = text[begin + i]
-    entry[KEY] = length
-    entry[28] = bucket & 0xFF
-    entry[29] = (bucket >> 8) & 0xFF
-    entry[30] = (bucket >> 16) & 0xFF
-    entry[31] = (bucket >> 24) & 0xFF
-    return bucket, 1
+def _eight(typing_context, array, place):
+    """The eight bytes array[place : place + 8] as one number; they need not be aligned."""
+    signature = types.uint64(array, place)
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        where = builder.bitcast(builder.gep(data, [arguments[1]]), context.get_value_type(types.uint64).as_pointer())
+        return builder.load(where, align=1)
+
+    return signature, generate
 
 
 @compiled
 @no_type_check
-def exact_buckets(text, begin, end, orders, buckets, kind, lower, ids, indptr, tokens, odd, memo, scratch):
-    """As `fast_buckets` with SHA-256; returns (n-grams, n-grams that had to be hashed). `scratch` holds a document's tokens."""
+def exact_buckets(text, begin, end, orders, buckets, kind, lower, ids, indptr, tokens, odd, memo, scratch, spans):
+    """As `fast_buckets` with SHA-256; returns (n-grams, how many had to be hashed, a number of no use).
+
+    `scratch` holds a document's tokens, `spans` where each n-gram lies in it. The memo is larger than the caches: all entries of a
+    document are asked for before any is used, so that memory answers many questions at a time.
+    """
     grams = np.zeros(orders, np.uint64)
     starts = np.zeros(orders, np.int64)  # where the last tokens begin in the scratch, a ring
     words, work = np.zeros(64, np.uint32), np.zeros(8, np.uint32)
     known = len(kind)
-    at, missed = 0, 0
+    slots = len(memo) - 1
+    at, missed, asked = 0, 0, np.uint64(0)
     for document in range(len(begin)):
         place, stop = begin[document], end[document]
         count, state, value = 0, 0, FNV_OFFSET
-        written, token_start = 0, 0
+        written, token_start, found = 0, 0, 0
         indptr[document] = at
         while True:
             if place < stop:
@@ -275,11 +268,10 @@ def exact_buckets(text, begin, end, orders, buckets, kind, lower, ids, indptr, t
                     grams[order] = _mixed(grams[order - 1] * GOLDEN + value)
                 grams[0] = _mixed(value)
                 for order in range(longest):
-                    origin = starts[(count - 1 - order) % orders]
-                    bucket, miss = _remembered(scratch, origin, written, grams[order], buckets, memo, words, work)
-                    ids[at] = bucket
-                    at += 1
-                    missed += miss
+                    spans[found, 0] = starts[(count - 1 - order) % orders]
+                    spans[found, 1] = written
+                    spans[found, 2] = np.int64(grams[order] >> np.uint64(8)) & slots
+                    found += 1
                 scratch[written] = 32
                 written += 1
                 token_start = written
@@ -297,8 +289,34 @@ def exact_buckets(text, begin, end, orders, buckets, kind, lower, ids, indptr, t
                     written = _put(scratch, written, small)
             place = following
         tokens[document] = count
+        for i in range(found):
+            asked ^= memo[spans[i, 2], KEY_WORDS]
+        for i in range(found):
+            # Not a function of its own: arrays that are handed over are counted, which takes longer than the look-up.
+            origin, slot = spans[i, 0], spans[i, 2]
+            length = spans[i, 1] - origin
+            whole = length >> 3
+            mask = (np.uint64(1) << np.uint64(8 * (length & 7))) - np.uint64(1)
+            fits = length < 8 * KEY_WORDS
+            differ = (memo[slot, KEY_WORDS] >> U32) ^ np.uint64(length)
+            if fits:
+                for j in range(whole):
+                    differ |= memo[slot, j] ^ _eight(scratch, origin + 8 * j)
+                differ |= (memo[slot, whole] ^ _eight(scratch, origin + 8 * whole)) & mask
+                if differ == np.uint64(0):
+                    ids[at] = np.int64(memo[slot, KEY_WORDS] & LOW)
+                    at += 1
+                    continue
+            bucket = sha256_bucket(scratch, origin, origin + length, buckets, words, work)
+            if fits:
+                for j in range(whole + 1):
+                    memo[slot, j] = _eight(scratch, origin + 8 * j)
+                memo[slot, KEY_WORDS] = np.uint64(bucket) | (np.uint64(length) << U32)
+            ids[at] = bucket
+            at += 1
+            missed += 1
     indptr[len(begin)] = at
-    return at, missed
+    return at, missed, asked
 
 
 @compiled

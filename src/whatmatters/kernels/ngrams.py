@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64, UInt8, UInt32
+from jaxtyping import Bool, Float64, Int64, UInt8, UInt32, UInt64
 
 from whatmatters.core.errors import InputError, MissingExtraError
 
@@ -31,7 +31,7 @@ WORD_PUNCT = re.compile(r"\w+|[^\w\s]+")
 CHARACTERS = 0x40000
 """Code points with an entry in the tables; above these, no Unicode version has letters, digits or blanks."""
 MEMO = 2**20
-"""Entries of the table of n-grams hashed before; 32 bytes each."""
+"""Entries of the table of n-grams hashed before; 64 bytes each."""
 MASK = 2**64 - 1
 
 
@@ -175,7 +175,8 @@ class Hasher:
         self.missed = 0  # n-grams that were not in the memo
         self._ids = np.empty(0, np.int64)
         self._scratch = np.empty(0, np.uint8)
-        self._memo: UInt8[np.ndarray, "slots 32"] | None = None
+        self._spans = np.empty((0, 3), np.int64)
+        self._memo: UInt64[np.ndarray, "slots words"] | None = None
         self._rows = np.zeros((0, 0))
 
     def hashed(
@@ -209,12 +210,13 @@ class Hasher:
             count = self.compiled.fast_buckets(*common)
         else:
             if self._memo is None:
-                self._memo = np.full((MEMO, 32), 255, np.uint8)
+                self._memo = np.full((MEMO, self.compiled.KEY_WORDS + 1), 2**64 - 1, np.uint64)
             longest = int((end - begin).max(initial=0))
-            if len(self._scratch) < 3 * longest + 8:
+            if len(self._scratch) < 3 * longest + 64:
                 # A blank after each token; and some small letters take more bytes than their capitals.
-                self._scratch = np.empty(3 * longest + 8, np.uint8)
-            count, missed = self.compiled.exact_buckets(*common, self._memo, self._scratch)
+                self._scratch = np.empty(3 * longest + 64, np.uint8)
+                self._spans = np.empty((self.orders * longest + 8, 3), np.int64)
+            count, missed, _ = self.compiled.exact_buckets(*common, self._memo, self._scratch, self._spans)
             self.missed += missed
         return HashedTexts(self._ids[:count], indptr, tokens)
 
