@@ -20,11 +20,22 @@ from sklearn.base import clone
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 
-from whatmatters.core.errors import BudgetError, DataError, FileError, FormatError, InputError, MissingExtraError, ResumeError
+from whatmatters.core.catalog import get_method
+from whatmatters.core.errors import (
+    BudgetError,
+    DataError,
+    FileError,
+    FormatError,
+    InputError,
+    MissingExtraError,
+    ResumeError,
+    WhatMattersError,
+)
 from whatmatters.kernels.ngrams import sha256_bucket
 from whatmatters.select import DSIR, DSIRSelection, hashed_ngrams, kl_reduction
 from whatmatters.select import _corpus as corpora
 from whatmatters.select.dsir import _Largest, gumbel, inclusion, log_ratio
+from whatmatters.testing.forms import form
 
 WORDS = {
     "sea": ["sea", "ship", "sail", "wave", "storm", "harbour", "the", "a", "of"],
@@ -546,3 +557,17 @@ def test_habits_of_an_estimator() -> None:
     first = dsir.select(1, seed=torch.Generator().manual_seed(3))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert np.array_equal(first.indices, dsir.select(1, seed=torch.Generator().manual_seed(3)).indices)
+
+
+def test_the_form_calls_it_and_every_fault_is_told() -> None:
+    entry = get_method("dsir")
+    how = form(entry)
+    first, second = (how.outcome(how.call(entry, how.subject(0), **how.samples), how.subject(0)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for damaged in how.bad_subjects.values():
+        with pytest.raises(WhatMattersError):
+            how.call(entry, damaged(how.subject(0)), **how.samples)
+    for name, values in how.bad_settings.items():
+        for value in values:
+            with pytest.raises(WhatMattersError):
+                how.call(entry, how.subject(0), **{**how.samples, name: value})

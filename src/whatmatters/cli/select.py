@@ -53,7 +53,7 @@ def dsir(
     import warnings
 
     from whatmatters.core.checkpoint import check_output
-    from whatmatters.select import DSIR
+    from whatmatters.select.dsir import DSIR
 
     with Output(json) as out:
         check_output(output, overwrite)

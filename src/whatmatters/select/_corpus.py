@@ -18,9 +18,6 @@ from jaxtyping import Int64, UInt8
 from whatmatters.core.errors import DataError, FileError, InputTypeError, MissingExtraError
 from whatmatters.kernels.json_lines import texts_of_lines
 
-Source = str | os.PathLike[str] | Sequence[str] | Sequence[os.PathLike[str]]
-"""A path, a list of paths (`pathlib.Path`), or a list of texts (strings)."""
-
 PIECE = 2**23
 """Bytes of a file that are one piece of work."""
 BLOCK = 2**20
@@ -107,7 +104,8 @@ class Corpus:
                 part = self.texts[first : first + TEXTS]
                 made.append(Piece(len(made), 0, "", "texts", first=first, stop=first + len(part), texts=part))
             return made
-        for number, path in enumerate(self.files):
+        for number, given in enumerate(self.files):
+            path = os.path.abspath(given)  # workers may run in another folder
             kind, packing = _kind(path)
             if kind == ".parquet":
                 for first, stop, row in _row_groups(path, column):
@@ -132,8 +130,8 @@ class Corpus:
         return [["texts", len(self.texts), digest.hexdigest()]]
 
 
-def corpus(source: Source, what: str) -> Corpus:
-    """Check a source of texts.
+def corpus(source: Any, what: str) -> Corpus:
+    """Check a source of texts: a path, a list of paths (`pathlib.Path`), or a list of texts (strings).
 
     Raises:
         InputTypeError: neither paths nor texts.

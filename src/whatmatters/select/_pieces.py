@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64, UInt64
+from safetensors.numpy import load_file
 
 from whatmatters.core.checkpoint import atomic_file
 from whatmatters.core.errors import DataError, FormatError, InputError, MissingExtraError
@@ -115,8 +116,8 @@ def row_type(targets: int) -> np.dtype[Any]:
 
 @functools.lru_cache(1)
 def _parameters(path: str, stamp: int) -> tuple[Float64[np.ndarray, "targets buckets"], UInt64[np.ndarray, " documents"]]:
-    with np.load(path, allow_pickle=False) as stored:
-        return stored["log_ratio"], stored["fingerprints"]
+    stored = load_file(path)
+    return stored["log_ratio"], stored["fingerprints"]
 
 
 def done(task: Task) -> Done:
@@ -306,7 +307,8 @@ def _by_ray(tasks: list[Task], jobs: int) -> Iterator[Done]:
         raise MissingExtraError("engine='ray' needs Ray: pip install 'whatmatters[ray]', or use engine='local'") from error
     ours = not ray.is_initialized()
     if ours:
-        ray.init(num_cpus=jobs, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": jobs, "include_dashboard": False}
+        ray.init(**own, log_to_driver=False, configure_logging=False)
     try:
         remote = ray.remote(done)
         waiting: deque[Any] = deque()

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt64
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from whatmatters.core.checkpoint import PathLike, atomic_file, check_output
 from whatmatters.core.errors import FileError, FormatError, ResumeError
@@ -62,7 +64,7 @@ class Run:
             self.holder = tempfile.TemporaryDirectory(prefix="whatmatters-dsir-")
             self.folder = Path(self.holder.name)
         else:
-            self.folder = Path(folder)
+            self.folder = Path(folder).absolute()
             described = self.folder / "run.json"
             if described.exists():
                 if not resume:
@@ -86,13 +88,14 @@ class Run:
 
     def counts(self, name: str, buckets: int) -> Counts:
         """Counts as an earlier run left them, or none yet."""
-        path = self.folder / f"{name}.npz"
+        path = self.folder / f"{name}.safetensors"
         if not path.exists():
             return Counts(np.zeros(buckets, np.int64), np.empty(0, np.uint64))
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                return Counts(stored["counts"], stored["fingerprints"], **json.loads(str(stored["told"])))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            with safe_open(path, framework="numpy") as file:
+                told = json.loads(file.metadata()["told"])
+                return Counts(file.get_tensor("counts"), file.get_tensor("fingerprints"), **told)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{path} is no state of a run ({error}); remove the run folder and start again") from None
 
     def keep(self, name: str, state: Counts, *, now: bool) -> None:
@@ -100,8 +103,8 @@ class Run:
         if not now and time.monotonic() - self.last < SECONDS:
             return
         told = {key: getattr(state, key) for key in ("pieces", "rows", "unread", "repaired", "ngrams", "complete", "reasons", "lengths")}
-        with atomic_file(self.folder / f"{name}.npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, counts=state.counts, fingerprints=state.fingerprints, told=json.dumps(told))
+        with atomic_file(self.folder / f"{name}.safetensors") as temporary:
+            save_file({"counts": state.counts, "fingerprints": state.fingerprints}, temporary, metadata={"told": json.dumps(told)})
         self.last = time.monotonic()
 
 

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator
 
@@ -35,7 +37,7 @@ from whatmatters.core.progress import Progress
 from whatmatters.core.scores import Scores
 from whatmatters.core.seeds import Seed, derived
 from whatmatters.kernels.ngrams import compiled_face
-from whatmatters.select._corpus import UNREAD, Corpus, Piece, corpus
+from whatmatters.select._corpus import PIECE, UNREAD, Corpus, Piece, corpus
 from whatmatters.select._pieces import Done, Features, Task, each, hashed64, load_rows
 from whatmatters.select._run import TOLD, Counts, Run, by_line
 from whatmatters.select._selection import DSIRSelection, RowProblem, write_selection
@@ -236,7 +238,8 @@ class DSIR(BaseEstimator):
         tokenizer: "wordpunct", or a function from a text in lower case to its tokens, such as `nltk.word_tokenize` (the paper's choice; it
             runs in Python).
         hash: "sha256": bit-equal to `data-selection` 1.0.3; "fast": several times faster, other buckets.
-        target_smoothing: counts added to every bucket of the target; 0.1 to 1 helps where it is small.
+        target_smoothing: counts added to every bucket of the target, so that an unseen n-gram costs less than 10 nats; 0.1 to 1, as long
+            as that times `num_buckets` is small against the n-grams of the target: beyond, it drowns them.
         temperature: log weights are divided by it before the noise is added; above 1 makes for more variety.
         length_normalize: rank by log weight per token; then documents of any length compete, and a small temperature is needed.
         min_tokens: documents with fewer tokens (punctuation included) are not chosen.
@@ -261,7 +264,7 @@ class DSIR(BaseEstimator):
 
     Example:
         >>> raw = ["the cat sat on the mat", "stocks fell on monday", "a cat and a dog", "bonds rose on friday"]
-        >>> dsir = DSIR(min_tokens=1, target_smoothing=0.1).fit(raw=raw, target=["the dog sat", "a cat on a mat"])
+        >>> dsir = DSIR(ngrams=1, min_tokens=1).fit(raw=raw, target=["the dog sat", "a cat on a mat"])
         >>> dsir.select(2, top_k=True).indices.tolist()
         [0, 2]
 
@@ -326,7 +329,7 @@ class DSIR(BaseEstimator):
         # What is computed on the way stays where it is; settings that only choose among weights may change between runs.
         deciding = ("ngrams", "num_buckets", "hash", "target_smoothing", "max_ngrams", "separate_targets", "field")
         self._run = Run(run_dir, resume, {
-            **{name: getattr(self, name) for name in deciding}, "tokenizer": _named(self.tokenizer),
+            **{name: getattr(self, name) for name in deciding}, "tokenizer": _named(self.tokenizer), "piece": PIECE,
             "raw": source.fingerprint(), "target": [part.fingerprint() for part in targets],
         })  # fmt: skip
         self._raw, self._pieces = source, source.pieces(self.field)
@@ -392,7 +395,9 @@ class DSIR(BaseEstimator):
 
     @property
     def _jobs(self) -> int:
-        return len(os.sched_getaffinity(0)) if self.n_jobs == -1 and hasattr(os, "sched_getaffinity") else max(1, self.n_jobs)
+        if self.n_jobs != -1:
+            return int(self.n_jobs)
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def _counted(
         self,
@@ -444,10 +449,10 @@ class DSIR(BaseEstimator):
         if self._weighed:
             return
         features, _ = self._checked()
-        parameters = self._run.folder / "parameters.npz"
+        parameters = self._run.folder / "parameters.safetensors"
         if not parameters.exists():
-            with atomic_file(parameters) as temporary, temporary.open("wb") as file:
-                np.savez(file, log_ratio=self.log_ratio_, fingerprints=self._prints)
+            with atomic_file(parameters) as temporary:
+                save_file({"log_ratio": self.log_ratio_, "fingerprints": self._prints}, temporary)
         missing = [piece for piece in self._pieces if not self._run.rows(piece).exists()]
         finished = len(self._pieces) - len(missing)
         if progress is not None:
@@ -489,7 +494,7 @@ class DSIR(BaseEstimator):
         for piece, _, _, rows in self._rows():
             values = rows["weight"].copy()
             values[rows["note"] >= UNREAD] = np.finfo(np.float64).min
-            parts.setdefault(piece.path or "texts", []).append(values)
+            parts.setdefault(self._raw.files[piece.file] or "texts", []).append(values)
         joined = {name: np.concatenate(values) for name, values in parts.items()}
         values = {name: torch.from_numpy(value[:, 0] if value.shape[1] == 1 else value) for name, value in joined.items() if len(value)}
         return Scores("sample", values, "dsir", {"ngrams": self.ngrams, "num_buckets": self.num_buckets, "hash": self.hash})
@@ -622,7 +627,7 @@ class DSIR(BaseEstimator):
                 told[row] = f"{told[row]}; {reason}" if row in told else reason
             marked = {int(row): "unread or repaired" for row in np.flatnonzero((rows["note"] > 0) & (rows["note"] <= UNREAD))}
             for row, reason in sorted((marked | told).items()):
-                yield RowProblem(piece.path, line + row + 1, reason)
+                yield RowProblem(self._raw.files[piece.file], line + row + 1, reason)
 
     def write(self, selection: DSIRSelection, output: PathLike, *, overwrite: bool = False) -> Path:
         """Write the chosen documents, in the order of the corpus, one file for each source file, and `selection.json` beside them.
@@ -641,8 +646,6 @@ class DSIR(BaseEstimator):
 
     def save(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Write counts and settings as safetensors; nothing of the corpora but their counts."""
-        from safetensors.numpy import save_file
-
         check_output(path, overwrite)
         settings = {name: value for name, value in self.get_params().items() if name != "tokenizer"}
         told = {"format": "whatmatters.dsir", "version": 1, "settings": settings, "tokenizer": _named(self.tokenizer)}
@@ -666,8 +669,6 @@ class DSIR(BaseEstimator):
             FileError, FormatError: no such file, or not one of ours.
             InputError: the tokenizer is not the one that the counts were made with.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, framework="numpy") as file:
                 told = json.loads((file.metadata() or {}).get("whatmatters", "{}"))

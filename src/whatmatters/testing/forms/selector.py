@@ -55,7 +55,7 @@ FORM = Form(
     },
     bad_settings={
         "k": [0, -1, 1000],
-        "ngrams": [0, 1.5],
+        "ngrams": [0, 17],
         "num_buckets": [1, 2**40],
         "hash": ["md5"],
         "tokenizer": ["letters"],
