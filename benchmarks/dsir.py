@@ -1,8 +1,7 @@
 """Speed and memory of DSIR against the official package, end to end on one corpus: fit, weigh, choose, write; two processes each.
 
     python benchmarks/dsir.py make --folder DIR [--megabytes 200]     # a corpus out of WHATMATTERS_DATA
-    python benchmarks/dsir.py peer --folder DIR --peer PYTHON         # python of an environment with data-selection==1.0.3
-    python benchmarks/dsir.py ours --folder DIR                       # both hashes; the ratios, where the peer's run is there
+    python benchmarks/dsir.py compare --folder DIR --peer PYTHON      # python of an environment with data-selection==1.0.3
     python benchmarks/dsir.py scale --folder DIR                      # time and peak memory at 1/10, 1/3 and all of the corpus
     python benchmarks/dsir.py kernel --folder DIR                     # one core: reading, scanning, hashing, weighing
 
@@ -227,7 +226,7 @@ def kernel(folder: Path, raw: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["make", "peer", "ours", "scale", "kernel", "one"])
+    parser.add_argument("what", choices=["make", "compare", "scale", "kernel", "one"])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--peer", default=sys.executable)
@@ -242,10 +241,7 @@ def main() -> None:
         print("\n" + json.dumps(run_ours(options.folder, options.raw, options.hash)))
         return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if options.what == "peer":
-        results["peer"] = peer(options.folder, options.peer, options.raw)
-        print(results["peer"])
-    elif options.what == "kernel":
+    if options.what == "kernel":
         results["kernel_megabytes_per_second"] = kernel(options.folder, options.raw)
         print(json.dumps(results["kernel_megabytes_per_second"], indent=1))
     elif options.what == "scale":
@@ -258,6 +254,8 @@ def main() -> None:
             told = {name: round(value / 1e6) for name, value in row["peak_bytes"].items()}
             print(f"{row['hash']:6} {row['bytes'] / 1e6:6.0f} MB {row['seconds']['total']:6.2f} s, peak MB {told}")
     else:
+        results["peer"] = peer(options.folder, options.peer, options.raw)
+        print(f"data-selection {results['peer']['seconds']['total']:.1f} s, {results['peer']['rows_per_second']:.0f} rows/s", flush=True)
         for hash in ("fast", "sha256"):
             words = ("one", "--folder", str(options.folder), "--raw", options.raw, "--hash", hash)
             runs = [in_process(*words) for _ in range(options.rounds)]
@@ -269,10 +267,8 @@ def main() -> None:
                 f"{middle['rows_per_second']:.0f} rows/s",
                 end=" ",
             )
-            if results.get("peer", {}).get("raw") == options.raw:
-                middle["ratio_to_peer"] = middle["rows_per_second"] / results["peer"]["rows_per_second"]
-                print(f"= {middle['ratio_to_peer']:.1f} x data-selection; equal: {middle['equal_to_peer']}", end="")
-            print()
+            middle["ratio_to_peer"] = middle["rows_per_second"] / results["peer"]["rows_per_second"]
+            print(f"= {middle['ratio_to_peer']:.1f} x data-selection; equal: {middle['equal_to_peer']}", flush=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -307,7 +307,7 @@ def _by_ray(tasks: list[Task], jobs: int) -> Iterator[Done]:
         raise MissingExtraError("engine='ray' needs Ray: pip install 'whatmatters[ray]', or use engine='local'") from error
     ours = not ray.is_initialized()
     if ours:
-        own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": jobs, "include_dashboard": False}
+        own: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": jobs, "include_dashboard": False}
         ray.init(**own, log_to_driver=False, configure_logging=False)
     try:
         remote = ray.remote(done)
