@@ -66,8 +66,13 @@ def dsir(
         )  # fmt: skip
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", UserWarning)
-            selector.fit(raw=raw, target=target, run_dir=folder, resume=resume, progress=out.progress())
-            chosen = selector.select(count, top_k=top_k, seed=seed, progress=out.progress())
+            progress = out.progress()
+            try:
+                selector.fit(raw=raw, target=target, run_dir=folder, resume=resume, progress=progress)
+                chosen = selector.select(count, top_k=top_k, seed=seed, progress=progress)
+            except KeyboardInterrupt:
+                out.note(f"{folder} keeps what is done: the same command with --resume continues")
+                raise
         selector.write(chosen, output, overwrite=overwrite)
         if run_dir is None:
             shutil.rmtree(folder)
