@@ -252,6 +252,9 @@ class DSIR(BaseEstimator):
         engine: "local", or "ray" for a Ray cluster whose machines all see the files and `run_dir`.
         kernel: "compiled" (needs numba), "reference", or "auto": compiled where numba is installed.
 
+    Returns:
+        An estimator: `fit` returns itself, `score` the weights of all rows, `select` a `DSIRSelection`, `write` the folder written.
+
     Attributes:
         log_ratio_: (targets, buckets) log ratios.
         raw_counts_: (buckets,) n-grams of the raw corpus that were counted.
@@ -318,6 +321,9 @@ class DSIR(BaseEstimator):
             run_dir: folder for what is found on the way, from which a stopped run continues; None for a temporary one.
             resume: continue in an existing `run_dir`.
             progress: told (label, done, total).
+
+        Returns:
+            This estimator.
 
         Raises:
             DataError, FileError, InputTypeError: a corpus that cannot be used, or in which no row can be read.
@@ -508,6 +514,9 @@ class DSIR(BaseEstimator):
             seed: decides the noise, together with the number of the file and the line.
             progress: told (label, done, total).
 
+        Returns:
+            The rows with their weights and inclusion probabilities, in the order of the corpus, and what is known of them together.
+
         Raises:
             BudgetError: k is out of range; the message says how many rows are eligible and why others are not.
         """
@@ -639,6 +648,9 @@ class DSIR(BaseEstimator):
             output: folder to make.
             overwrite: whether to replace an existing one.
 
+        Returns:
+            The folder.
+
         Raises:
             FileError: it exists, or cannot be written.
         """
@@ -664,6 +676,9 @@ class DSIR(BaseEstimator):
             raw: the corpus to select from.
             run_dir: as for `fit`.
             tokenizer: the function that was used, where it was not "wordpunct"; functions are not saved.
+
+        Returns:
+            An estimator that can `score` and `select`, as after `fit`.
 
         Raises:
             FileError, FormatError: no such file, or not one of ours.
