@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from whatmatters.cli import catalog, compress, judge, look, options, plans
+from whatmatters.cli import catalog, compress, judge, look, options, plans, select
 from whatmatters.cli.console import LINE, Output, error_text
 from whatmatters.core.errors import WhatMattersError
 
@@ -87,6 +87,7 @@ app.command("plan")(plans.plan)
 app.command("quantize", cls=compress.QuantizeCommand)(compress.quantize)
 app.command("prune", cls=compress.PruneCommand)(compress.prune)
 app.command("evaluate")(judge.evaluate)
+app.add_typer(select.app, name="select")
 
 
 @app.command("demo")
