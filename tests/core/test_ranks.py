@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,9 +82,18 @@ def test_a_fault_on_one_rank_is_a_fault_on_all_and_changes_nothing(tmp_path: Pat
 
 def test_a_killed_rank_ends_the_other_and_the_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     start = time.monotonic()
-    done = torchrun(str(HERE / "ranks_worker.py"), "killed", str(tmp_path))
-    assert done.returncode != 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ours = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(MODULES)}
+    command = [sys.executable, str(HERE / "ranks_worker.py"), "killed", str(tmp_path)]
+    both = [  # without torchrun, which would end the first rank itself
+        subprocess.Popen(command, env={**os.environ, **ours, "RANK": str(rank)}, stderr=subprocess.DEVNULL) for rank in (0, 1)
+    ]
+    codes = [process.wait(timeout=100) for process in both]
+    assert codes == [1, -signal.SIGKILL]
     assert time.monotonic() - start < 50  # well before the timeout of a minute
+    assert "another rank is gone or does not answer" in (tmp_path / "killed.0.txt").read_text()
     assert [path.name for path in sorted((tmp_path / "run").glob("block-*"))][:1] == ["block-00000.safetensors"]
     assert len(list((tmp_path / "run").glob("block-*"))) < 3
 
