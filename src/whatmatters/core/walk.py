@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from whatmatters.core import ranks
+from whatmatters.core import offload, ranks
 from whatmatters.core.capture import settings_of
 from whatmatters.core.checkpoint import atomic_file
 from whatmatters.core.data import Calibration, call_model
@@ -198,6 +198,7 @@ class _Inputs:
         start: Callable[[Tensor], Tensor],
     ) -> None:
         self.ranks = ranks.current()
+        device = offload.execution_device()
         self.ids = [inputs for inputs, _ in calibration.batches()]
         self.valid = [valid for _, valid in calibration.batches()]
         rank, size = (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.size)
@@ -211,12 +212,12 @@ class _Inputs:
         for index, (ids, valid) in enumerate(zip(self.ids, self.valid, strict=True)):
             hidden, arguments = self._enter(model, blocks, ids, valid)
             if index in self.own:
-                hidden = start(hidden)
+                hidden = _moved(start(hidden), device)
                 if self.store is None:
                     samples = sum(len(self.ids[i]) for i in self.own)
                     self.store = _Store(folder, spill_bytes, hidden.nbytes // len(ids) * samples)
                 self.store[index] = hidden
-            self.arguments.append(self._shared(arguments))
+            self.arguments.append(self._shared(_moved(arguments, device)))
         _give_memory_back()
 
     def _check_chain(self, model: nn.Module, blocks: list[nn.Module], ids: Tensor, valid: Tensor | None) -> None:
@@ -299,6 +300,15 @@ class _Inputs:
             self.store[batch.index] = output
 
 
+def _moved(value: Any, device: torch.device | None) -> Any:
+    """A value with its tensors, wherever they are inside tuples, lists and mappings, on a device; as it is for None."""
+    if device is None or isinstance(value, Tensor):
+        return value if device is None else value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if type(value) in (tuple, list) else value
+
+
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
@@ -319,6 +329,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        offload.release()
     return digest.hexdigest()
 
 
@@ -463,7 +474,9 @@ def walk(
         for index, name in enumerate(structure.blocks):
             original = model.get_submodule(name)
             sites = structure.in_block(name)
-            block = Block(index, name, copy.deepcopy(original), sites, _inputs=inputs)
+            device = offload.execution_device()
+            own = copy.deepcopy(original)
+            block = Block(index, name, own if device is None else own.to(device), sites, _inputs=inputs)
             if prepare is not None:
                 prepare(name, block.module)
             with settings_of(block.module, _experts_implementation="eager"):
@@ -492,7 +505,7 @@ def walk(
                     seconds.append(spent)
                 if inputs is not None and index + 1 < total:
                     inputs.advance(block)
-            del block
+            del block, own
             _give_memory_back()
             if progress is not None:
                 progress(label, index + 1, total)
@@ -513,6 +526,7 @@ def _told(group: ranks.Ranks, finished: tuple[dict[str, Tensor], dict[str, Any],
 
 def _give_memory_back() -> None:
     """Return freed memory to the system where the C library can: its allocator would keep it, and the peak grow with every block."""
+    offload.release()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -526,7 +540,7 @@ def _set_modes(training: dict[nn.Module, bool]) -> None:
 def _changes(block: Block, original: nn.Module) -> dict[str, Tensor]:
     before = original.state_dict()
     after = block.module.state_dict()
-    changed = {f"{block.name}.{key}": value for key, value in after.items() if not torch.equal(value, before[key])}
+    changed = {f"{block.name}.{key}": value for key, value in after.items() if not torch.equal(value, before[key].to(value.device))}
     for name, value in changed.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise NonFiniteError(f"{name} became NaN or infinity; nothing was changed")
@@ -582,6 +596,7 @@ def _commit(
             journal.append(path)
             for name, value in tensors.items():
                 target(name).copy_(value)
+            offload.release()
         agreed()
     except BaseException:
         for path in journal:
