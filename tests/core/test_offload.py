@@ -230,7 +230,7 @@ from accelerate import disk_offload, init_empty_weights
 from accelerate.utils import offload_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-config = LlamaConfig(hidden_size=512, intermediate_size=1536, num_hidden_layers=16, num_attention_heads=8, vocab_size=64)
+config = LlamaConfig(hidden_size=384, intermediate_size=1024, num_hidden_layers=32, num_attention_heads=8, vocab_size=64)
 folder = Path(sys.argv[2])
 if sys.argv[1] == "make":
     torch.manual_seed(0)
@@ -265,4 +265,4 @@ def test_a_model_on_disk_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
     assert told["size"] > 200e6
-    assert told["after"] - told["before"] < told["size"] * 0.75, told
+    assert told["after"] - told["before"] < told["size"] * 0.6, told

@@ -109,7 +109,7 @@ def door(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def _at_hand(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
     """Weights of the model among the arguments at hand, also where accelerate has offloaded them."""
-    model = kwargs.get("model", args[0] if args else None)
+    model: Any = kwargs.get("model", args[0] if args else None)
     if not hasattr(model, "modules"):
         return contextlib.nullcontext()
     from whatmatters.core.offload import borrowed

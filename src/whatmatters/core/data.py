@@ -309,7 +309,7 @@ def call_model(model: nn.Module, inputs: Tensor, valid: Tensor | None = None) ->
         inputs: (samples, length) token ids, or floats (samples, ...).
         valid: (samples, length), False at padding.
     """
-    tensors = itertools.chain(model.parameters(), model.buffers())
+    tensors: Iterator[Tensor] = itertools.chain(model.parameters(), model.buffers())
     if hasattr(model, "_hf_hook"):  # accelerate brings inputs and offloaded weights, on the meta device till then, together
         tensors = (tensor for tensor in tensors if not tensor.is_meta)
     inputs = inputs.to(next((tensor.device for tensor in tensors), inputs.device))

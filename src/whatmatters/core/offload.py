@@ -249,9 +249,10 @@ def _install(model: nn.Module, places: list[_Place]) -> None:
                 value = nn.Parameter(value, requires_grad=place.before.requires_grad)
         known[id(place.before)] = known[place.lies] = value
         place.put(value)
+    whole: Any = model
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and hasattr(model, "get_output_embeddings"):
         # on disk a tied weight lies twice
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
         tied, other = getattr(embedding, "weight", None), getattr(head, "weight", None)
         if isinstance(tied, nn.Parameter) and isinstance(other, Tensor) and tied is not other and torch.equal(tied, other):
             head._parameters["weight"] = tied
@@ -296,11 +297,12 @@ def _keep(place: _Place, value: Tensor) -> None:
 @contextlib.contextmanager
 def _on_cpu(model: nn.Module) -> Iterator[None]:
     """Bring what lies on an accelerator to the CPU, and back: the device is for one block at a time."""
-    away = {t: t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
+    tensors = (*model.parameters(), *model.buffers())
+    away = [(tensor, tensor.device) for tensor in tensors if tensor.device.type not in ("cpu", "meta")]
     try:
-        for tensor in away:
+        for tensor, _ in away:
             tensor.data = tensor.data.cpu()
         yield
     finally:
-        for tensor, device in away.items():
+        for tensor, device in away:
             tensor.data = tensor.data.to(device)
