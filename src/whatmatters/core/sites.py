@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from whatmatters.core.errors import FormatError, ModelError, WhatMattersError
+from whatmatters.core.offload import borrowed
 from whatmatters.core.records import check_name
 
 
@@ -234,6 +235,11 @@ def structure(model: nn.Module, example: Tensor | None = None) -> Structure:
         >>> [site.name for site in structure(model).sites]
         ['0', '2']
     """
+    with borrowed(model):
+        return _structure(model, example)
+
+
+def _structure(model: nn.Module, example: Tensor | None) -> Structure:
     blocks = find_blocks(model)
     sites: list[Site] = []
     uncovered: list[str] = []
