@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from whatmatters.core.capture import settings_of
 from whatmatters.core.checkpoint import atomic_file
-from whatmatters.core.data import Calibration, call_model
+from whatmatters.core.data import Calibration, call_model, check_fits
 from whatmatters.core.errors import FileError, ModelError, NonFiniteError, ResumeError
 from whatmatters.core.progress import Progress
 from whatmatters.core.sites import Site, Structure, replaced_forward
@@ -363,11 +363,14 @@ def walk(
         Rows and kept tensors of all blocks.
 
     Raises:
+        DataError: the data are not this model's.
         ModelError: the blocks do not form a chain.
         NonFiniteError: a block's output is not finite.
         ResumeError: `run_dir` was made with other inputs; the message names them.
         FileError: `run_dir` holds a run and `resume` is False.
     """
+    if calibration is not None:
+        check_fits(model, calibration)
     with contextlib.ExitStack() as stack:
         folder = Path(run_dir) if run_dir is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="whatmatters-")))
         training = {m: m.training for m in model.modules()}
