@@ -24,6 +24,9 @@ ROOMS = ("nn", "score", "quantize", "prune", "tune", "tokens", "infer", "decode"
 UNITS = ("weight", "channel", "head", "layer", "token", "pair", "tile", "sample", "feature", "concept", "prototype", "component", "task",
          "path", "model", "cell")  # fmt: skip
 
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+"""Floating-point types an entry works in unless it says otherwise."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -47,6 +50,7 @@ class Entry:
     needs_gradients: bool = False
     control: bool = False  # a scorer that is meant to know nothing
     form: str = "action"  # how it is called: the name of a file in `whatmatters.testing.forms`
+    dtypes: tuple[str, ...] = DTYPES  # floating-point types it works in; it refuses others
 
     @property
     def summary(self) -> str:
@@ -117,7 +121,7 @@ def _at_hand(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.Abstra
     return borrowed(model)
 
 
-def _with_data(function: Callable[P, R]) -> Callable[P, R]:
+def with_data(function: Callable[P, R]) -> Callable[P, R]:
     """Refuse, with an error of ours, to be called without calibration data where these have no default."""
     signature = inspect.signature(function)
     parameter = signature.parameters.get("calibration")
@@ -146,6 +150,7 @@ def method(
     needs_text: bool = True,
     needs_gradients: bool = False,
     form: str = "action",
+    dtypes: tuple[str, ...] = DTYPES,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register the entry point of a method, or of a baseline with `kind="baseline"` (which needs no evidence).
 
@@ -162,17 +167,18 @@ def method(
         needs_gradients: it cannot run under `torch.inference_mode`.
         form: how it is called, the name of a file in `whatmatters.testing.forms`: "action" (model, calibration -> Report) is that of
             quantizers and pruners. A class may be registered too; it is returned as it is, and completes its own errors.
+        dtypes: floating-point types it works in; it must refuse the others.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         if inspect.isclass(function):
             wrapped = function
         else:
-            wrapped = door(f"{job}.{function.__name__}")(_with_data(function) if needs_text else function)
+            wrapped = door(f"{job}.{function.__name__}")(with_data(function) if needs_text else function)
         _register(
             Entry(
                 slug, wrapped, kind, job, unit, paper, score, allocation, action, needs_text=needs_text, needs_gradients=needs_gradients,
-                form=form,
+                form=form, dtypes=dtypes,
             )
         )  # fmt: skip
         return wrapped
@@ -193,7 +199,7 @@ def scorer(
     """Register a scorer. `when="ahead"`: `f(model, calibration=None, *, ...) -> Scores`; `when="walk"`: `f(context) -> Tensor`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        wrapped = door(f"score.{function.__name__}")(_with_data(function) if needs_text else function)
+        wrapped = door(f"score.{function.__name__}")(with_data(function) if needs_text else function)
         _register(
             Entry(
                 name,
@@ -206,6 +212,7 @@ def scorer(
                 needs_text=needs_text,
                 needs_gradients=needs_gradients,
                 control=control,
+                form=when,
             )
         )
         return wrapped

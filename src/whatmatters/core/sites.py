@@ -251,6 +251,10 @@ def _structure(model: nn.Module, example: Tensor | None) -> Structure:
         uncovered += [n for n, p in block.named_parameters(prefix=name) if p.dim() >= 2 and n not in covered]
     if not sites:
         raise ModelError(f"{type(model).__name__} has no linear weights in its blocks {blocks[0]!r} to {blocks[-1]!r}")
+    for site in sites:
+        dtype = model.get_parameter(site.parameter).dtype
+        if not dtype.is_floating_point:
+            raise ModelError(f"{site.name} has weights of {dtype}; expected floating point: load the model before it was quantized")
     return Structure(blocks, tuple(sites), _ties(model, sites, example), tuple(uncovered))
 
 

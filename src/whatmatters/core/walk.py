@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from whatmatters.core import offload, ranks
 from whatmatters.core.capture import settings_of
 from whatmatters.core.checkpoint import atomic_file
-from whatmatters.core.data import Calibration, call_model
+from whatmatters.core.data import Calibration, call_model, check_fits
 from whatmatters.core.errors import FileError, InputError, ModelError, NonFiniteError, ResumeError
 from whatmatters.core.progress import Progress
 from whatmatters.core.ranks import Take
@@ -456,11 +456,14 @@ def walk(
         Rows and kept tensors of all blocks.
 
     Raises:
+        DataError: the data are not this model's.
         ModelError: the blocks do not form a chain.
         NonFiniteError: a block's output is not finite.
         ResumeError: `run_dir` was made with other inputs; the message names them.
         FileError: `run_dir` holds a run and `resume` is False.
     """
+    if calibration is not None:
+        check_fits(model, calibration)
     with contextlib.ExitStack() as stack:
         group = ranks.current()
         if group is not None:

@@ -68,6 +68,8 @@ def gradient(
     found = structure_of(model, structure)
     collected = WeightScores(found, unit, by)
     check_language(model, calibration)
+    for site in found.sites:
+        finite_weight(model, site)
     names = list(dict.fromkeys(site.parameter for site in found.sites))
     sums: dict[str, Tensor] = {}
     tokens = 0
@@ -132,6 +134,8 @@ def fisher(
     found = structure_of(model, structure)
     collected = WeightScores(found, unit, by)
     check_language(model, calibration)
+    for site in found.sites:
+        finite_weight(model, site)
     names = list(dict.fromkeys(site.parameter for site in found.sites))
     sums: dict[str, Tensor] = {}
     samples = 0

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from whatmatters.core.capture import attention_queries, attention_received
-from whatmatters.core.catalog import door, get_scorer, scorer
+from whatmatters.core.catalog import door, get_scorer, scorer, with_data
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import InputError, InputTypeError, ModelError, NonFiniteError
 from whatmatters.core.progress import Progress
@@ -644,6 +644,7 @@ def _saved(scores: Scores, context: TokenContext) -> Tensor:
 
 
 @door("score.score_tokens")
+@with_data
 def score_tokens(
     model: nn.Module,
     calibration: Calibration,

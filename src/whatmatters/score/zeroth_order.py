@@ -90,13 +90,13 @@ def zeroth_order(
     if progress is not None:
         progress("zeroth order", 0, len(groups))
     with judging(model):
+        for site in found.sites:
+            finite_weight(model, site)
         rest = FromBlock(model, found.blocks, text)
         for index, block in enumerate(found.blocks):
             if index:
                 rest.advance()
             for name, sites in ((name, sites) for name, sites in groups.items() if sites[0].block == block):
-                for site in sites:
-                    finite_weight(model, site)
                 pairs = [(number, derived(base, name, number, draw)) for number in range(len(rest.batches)) for draw in range(draws)]
                 slopes = [slope(model, rest, sites, number, eps, drawn) for number, drawn in pairs]
                 score = torch.tensor(slopes, dtype=torch.float64).square().mean().div(sum(site.size for site in sites)).sqrt()

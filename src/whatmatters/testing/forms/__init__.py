@@ -10,12 +10,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from whatmatters.core.catalog import Entry
 from whatmatters.core.errors import UnknownNameError
 
-__all__ = ["Form", "form", "form_names"]
+__all__ = ["Check", "Form", "always", "form", "form_names"]
+
+
+def always(entry: Entry) -> bool:
+    """Applies to every entry."""
+    return True
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of the contract.
+
+    Attributes:
+        name: what holds, as words joined by hyphens.
+        run: raises AssertionError, with a message that says what the entry's author must do, where it does not hold.
+        applies: whether the entry makes the promise that is checked at all; what does not apply is not counted.
+        device: the answer may depend on the machine it runs on.
+    """
+
+    name: str
+    run: Callable[[Entry], None]
+    applies: Callable[[Entry], bool] = always
+    device: bool = True
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,11 @@ class Form:
         bad_settings: name of a parameter -> values that must each raise an error of ours, where an entry has the parameter.
         changes: the call is meant to change its subject (a pruner does, a measure does not).
         undo: undoes the call, for those that return a handle: the subject must then be as before.
+        atomic: a call that changes its subject does so in one last step: one that is interrupted leaves it bit for bit as it was.
+        without_text: from a subject to the same without calibration text; entries that need text must then raise, the others must work.
+            A form without it is for entries with `needs_text=False`.
+        cast: (subject, dtype) -> the same subject in another floating-point type; entries must work in the types they claim.
+        checks: what holds for entries of this form only.
     """
 
     subject: Callable[[int], Any]
@@ -41,6 +69,10 @@ class Form:
     bad_settings: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     changes: bool = False
     undo: Callable[[Any, Any], None] | None = None
+    atomic: bool = False
+    without_text: Callable[[Any], Any] | None = None
+    cast: Callable[[Any, torch.dtype], Any] | None = None
+    checks: Sequence[Check] = ()
 
 
 def form_names() -> list[str]:
