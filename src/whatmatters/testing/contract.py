@@ -223,7 +223,7 @@ def explained(entry: Entry) -> set[str]:
     """Names of the parameters that the docstring explains: those at the least indentation of its Args."""
     lines = [line for line in sections(entry).get("Args", "").splitlines() if line.strip()]
     margin = min((len(line) - len(line.lstrip()) for line in lines), default=0)
-    found = (re.match(r" {%d}\**([A-Za-z_]\w*)(?: \([^)]*\))?:" % margin, line) for line in lines)
+    found = (re.match(" " * margin + r"\**([A-Za-z_]\w*)(?: \([^)]*\))?:", line) for line in lines)
     return {match[1] for match in found if match}
 
 
@@ -389,7 +389,7 @@ def global_randomness_is_left_alone(entry: Entry) -> None:
         on = subject(entry)
         with kept_random_state():
             torch.manual_seed(seed)
-            np.random.seed(seed)  # noqa: NPY002: the global one is what must not be touched
+            np.random.seed(seed)  # noqa: NPY002  (the global one is what must not be touched)
             before = random_state()
             result = call(entry, on)
             drawn = changes(before, random_state())

@@ -66,7 +66,7 @@ def _look(value: Any, path: str, found: State, seen: dict[int, Any], *, values: 
     if isinstance(value, np.ndarray) and value.dtype != object:
         found[path] = (str(value.dtype), value.shape, value.flags.writeable, value.tobytes() if values else None)
         return
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes) or isinstance(value, OPAQUE):
+    if value is None or isinstance(value, (bool | int | float | complex | str | bytes, OPAQUE)):
         found[path] = (type(value).__name__, value if isinstance(value, OPAQUE) else repr(value))
         return
     if id(value) in seen:
@@ -121,7 +121,7 @@ def _tensor(value: Tensor, values: bool) -> tuple[Any, ...]:
 
 def random_state() -> State:
     """The global generators of torch (every device), numpy and Python."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002: the global one is what is looked at
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  (the global one is what is looked at)
     state = {
         "torch": torch.random.get_rng_state().numpy().tobytes(),
         "numpy": (name, np.asarray(keys).tobytes(), *rest),
