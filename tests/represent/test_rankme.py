@@ -173,7 +173,7 @@ def test_other_dtypes_are_measured_in_float32(dtype: torch.dtype) -> None:
         (torch.ones(2, 3, 4), InputError, "flatten"),
         (torch.tensor([[1.0, float("nan")], [1, 1]]), NonFiniteError, "1 of 2"),
         (torch.ones(4, 4).to_sparse(), InputTypeError, "dense"),
-        ("text", InputTypeError, "str"),
+        ([torch.ones(4, 4), np.array(["a"])], InputError, "shape"),
         ([torch.ones(4, 4), torch.ones(4, 5)], InputError, "5 dimensions after"),
         ([], InputError, "0 rows"),
     ],
@@ -191,7 +191,7 @@ def test_bad_settings() -> None:
     with pytest.raises(InputError, match="every"):
         RankMeCallback(every=0)
     with pytest.raises(InputError, match="plateau"):
-        select_by_rankme({1: 2.0}, plateau=2)
+        select_by_rankme({1: 2.0}, plateau=2.0)
     with pytest.raises(InputError, match="at least one"):
         select_by_rankme({})
 

@@ -9,7 +9,7 @@ Not a thing to optimise: a loss that raises the rank raises this number with not
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,7 @@ K = TypeVar("K")
     "rankme", paper="2210.02885", job="represent", unit="component", action="rank runs", score="share of the singular values",
     allocation="entropy of the shares", form="measure", needs_text=False,
 )  # fmt: skip
-def rankme(
-    Z: Matrix | Iterable[Matrix], *, eps: float = EPS, center: bool = False, route: Literal["auto", "svd", "gram"] = "auto"
-) -> float:
+def rankme(Z: Matrix | Iterable[Matrix], *, eps: float = EPS, center: bool = False, route: str = "auto") -> float:
     """Effective rank of an embedding matrix: how many directions it really uses, from 1 (collapsed) to min(N, K).
 
     Args:
@@ -119,7 +117,7 @@ def _rows(output: Any) -> Tensor:
 
 
 @door("represent.select_by_rankme")
-def select_by_rankme(ranks: Mapping[K, float], *, plateau: float = 0.01, prefer: Literal["first", "last"] = "first") -> K:
+def select_by_rankme(ranks: Mapping[K, float], *, plateau: float = 0.01, prefer: str = "first") -> K:
     """The setting to keep from a sweep of one hyperparameter: the highest RankMe, at one end of its plateau (the paper's section 4).
 
     Args:
@@ -131,7 +129,7 @@ def select_by_rankme(ranks: Mapping[K, float], *, plateau: float = 0.01, prefer:
         The setting.
 
     Raises:
-        InputError: no settings, a value that is not finite, or a plateau out of range.
+        InputError: no settings, a value that is not finite, a plateau out of range, or another `prefer`.
 
     Example:
         >>> select_by_rankme({0.1: 10.0, 1.0: 30.0, 10.0: 29.9, 100.0: 12.0}, prefer="last")
@@ -141,6 +139,8 @@ def select_by_rankme(ranks: Mapping[K, float], *, plateau: float = 0.01, prefer:
         raise InputError(f"ranks are {dict(ranks)}; expected at least one setting, each with a finite value")
     if not 0 <= plateau <= 1:
         raise InputError(f"plateau is {plateau}; expected a share between 0 and 1")
+    if prefer not in ("first", "last"):
+        raise InputError(f"prefer is {prefer!r}; expected 'first' or 'last'")
     highest = max(ranks.values())
     equal = [setting for setting, value in ranks.items() if value >= highest * (1 - plateau)]
     return equal[0] if prefer == "first" else equal[-1]
@@ -230,9 +230,11 @@ class RankMeCallback(TrainerCallback):
             self._measure(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Put the newest value into the logs."""
-        if logs is not None and self.history:
-            logs["rankme"] = self.history[-1][1]
+        """Put the newest value into the logs, and into the history, which the Trainer has written by now."""
+        if self.history:
+            for place in (logs, state.log_history[-1] if state.log_history else None):
+                if place is not None:
+                    place["rankme"] = self.history[-1][1]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop listening."""

@@ -8,11 +8,11 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Num
+from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,7 +27,7 @@ ENOUGH = 4
 FIT = (11, 100)
 """Ranks of the eigenvalues that alpha-ReQ fits its line to, where there are so many (Stringer et al. 2019)."""
 
-Matrix = Num[Tensor, "n k"] | NDArray[Any]
+Matrix = Tensor | NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,9 +220,7 @@ def _warned(found: Spectrum) -> Spectrum:
 
 
 @door("represent.spectrum")
-def spectrum(
-    Z: Matrix | Iterable[Matrix], *, eps: float = EPS, center: bool = False, route: Literal["auto", "svd", "gram"] = "auto"
-) -> Spectrum:
+def spectrum(Z: Matrix | Iterable[Matrix], *, eps: float = EPS, center: bool = False, route: str = "auto") -> Spectrum:
     """Singular values of an embedding matrix, with RankMe, participation ratio, stable rank and alpha-ReQ read from them.
 
     Args:
