@@ -173,7 +173,7 @@ def test_other_dtypes_are_measured_in_float32(dtype: torch.dtype) -> None:
         (torch.ones(2, 3, 4), InputError, "flatten"),
         (torch.tensor([[1.0, float("nan")], [1, 1]]), NonFiniteError, "1 of 2"),
         (torch.ones(4, 4).to_sparse(), InputTypeError, "dense"),
-        ([torch.ones(4, 4), np.array(["a"])], InputError, "shape"),
+        (torch.ones(4, 4).to(torch.complex64), InputTypeError, "real"),
         ([torch.ones(4, 4), torch.ones(4, 5)], InputError, "5 dimensions after"),
         ([], InputError, "0 rows"),
     ],
