@@ -120,15 +120,14 @@ def test_wide_limit_trains_as_the_plain_network() -> None:
 
 def test_training_keeps_weights_below_the_bound() -> None:
     model = network()
-    weight_compander(model, a=0.2)
+    weight_compander(model, a=0.3)
     optimizer = torch.optim.SGD(compander_groups(model, lr=1.0), momentum=0.9)
     for _ in range(30):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images()), torch.arange(8) % 5).backward()
         optimizer.step()
     fold_weight_compander(model)
-    assert float(model[4].weight.abs().max()) < 0.2 * math.pi / 2
-    assert float(model[4].weight.abs().max()) > 0.2
+    assert 0.3 < float(model[4].weight.abs().max()) < 0.3 * math.pi / 2
 
 
 def test_groups_give_a_and_b_their_own_rate_and_no_decay() -> None:
@@ -202,6 +201,6 @@ def test_refusals() -> None:
     with pytest.raises(NonFiniteError, match=r"4\.weight"):
         weight_compander(broken)
     with pytest.raises(InputError, match="lr is 0"):
-        compander_groups(network(), lr=0)
+        compander_groups(network(), lr=0.0)
     with pytest.raises(InputError, match="above 0"):
         Compander(scalar(-1.0), scalar(1.0))

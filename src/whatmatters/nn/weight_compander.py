@@ -8,7 +8,7 @@ exponentials: as plain numbers with the weights' learning rate they break traini
 
 import math
 from collections.abc import Collection, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,12 +56,12 @@ class Compander(nn.Module):
     @property
     def a(self) -> Tensor:
         """Reach, lined up with the weight."""
-        return self.log_a.exp().reshape(*self.log_a.shape, *self.tail)
+        return self.log_a.exp().reshape((*self.log_a.shape, *self.tail))
 
     @property
     def b(self) -> Tensor:
         """Scale of v, lined up with the weight."""
-        return self.log_b.exp().reshape(*self.log_b.shape, *self.tail)
+        return self.log_b.exp().reshape((*self.log_b.shape, *self.tail))
 
     @property
     def bound(self) -> Tensor:
@@ -100,8 +100,8 @@ def weight_compander(
     a: float | None = None,
     slope: float = 2.0,
     learnable: bool = False,
-    per: Literal["layer", "channel", "model"] = "layer",
-    init: Literal["match", "copy"] = "match",
+    per: str = "layer",
+    init: str = "match",
     clamp: bool = False,
     targets: tuple[type[nn.Module], ...] = TARGETS,
     exclude: Collection[str] = (),
