@@ -138,9 +138,6 @@ def layer_weight_norms(model: nn.Module, *, kind: str = "l2", names: Sequence[st
         end = getattr(model, getter, lambda: None)()
         if end is not None:
             found = {label: end, **found} if label == "embedding" else {**found, label: end}
-    flat = {
-        name: torch.cat([p.detach().float().flatten() for p in m.parameters()])
-        for name, m in found.items()
-        if any(True for _ in m.parameters())
-    }
-    return {name: float(torch.linalg.vector_norm(v) if kind == "l2" else v.abs().mean()) for name, v in flat.items()}
+    flat = {name: [p.detach().float().flatten() for p in module.parameters()] for name, module in found.items()}
+    whole = {name: torch.cat(own) for name, own in flat.items() if own}
+    return {name: float(torch.linalg.vector_norm(v) if kind == "l2" else v.abs().mean()) for name, v in whole.items()}

@@ -26,8 +26,8 @@ __all__ = ["LISA"]
 
 
 @method(
-    "lisa", paper="2403.17919", job="tune", unit="layer", action="tune", score="uniform, or given", allocation="layers drawn by probability",
-    form="callback", needs_text=False, needs_gradients=True,
+    "lisa", paper="2403.17919", job="tune", unit="layer", action="tune", score="uniform, or given",
+    allocation="layers drawn by probability", form="callback", needs_text=False, needs_gradients=True,
 )  # fmt: skip
 class LISA(TrainerCallback):
     """Full-weight tuning of a few random layers at a time: a callback of `transformers.Trainer`, or two calls in a loop of one's own.
@@ -62,7 +62,8 @@ class LISA(TrainerCallback):
         [0, 2]
 
     References:
-        Pan et al., LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning, arXiv 2403.17919, algorithm 1.
+        Pan et al., LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning, arXiv 2403.17919,
+        algorithm 1.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class LISA(TrainerCallback):
         self.history: list[tuple[int, tuple[int, ...]]] = []
         self._layers: Layers | None = None
         self._hooks: list[Any] = []
+        self._period: int | None = None
 
     # A loop of one's own
 
@@ -100,7 +102,7 @@ class LISA(TrainerCallback):
         if self.n_active > len(found.names):
             raise InputError(f"n_active is {self.n_active}; the model has {len(found.names)} layers")
         self._probabilities = self._inclusion(found)
-        self._layers = found
+        self._layers, self._period = found, None
         if self.unbiased:
             before: list[tuple[nn.Parameter, Tensor, float]] = []
             self._hooks = [
@@ -136,10 +138,12 @@ class LISA(TrainerCallback):
         """Call it at the beginning of each optimizer step, before the forward pass; `step` counts optimizer steps from 0."""
         if self._layers is None:
             raise ModelError("LISA has no model yet; call attach(model, optimizer) first")
-        chosen = self.drawn(step // self.interval)
-        if chosen != self._layers.active or step % self.interval == 0:
+        period = step // self.interval
+        if period != self._period:
+            chosen = self.drawn(period)
             self._layers.activate(chosen)
             self.history.append((step, chosen))
+            self._period = period
 
     @property
     def active_layers(self) -> tuple[int, ...]:
