@@ -152,7 +152,7 @@ def test_draws_have_their_frequencies_alone_and_in_pairs() -> None:
 def test_weights_and_scores_set_the_frequencies() -> None:
     model = Tower()
     scores = Scores("layer", {f"layers.{i}": torch.tensor(v) for i, v in enumerate([1.0, 1.0, 2.0, 4.0])}, "given", {})
-    one, other = LISA(n_active=1, weights=scores), LISA(n_active=1, weights=(1, 1, 2, 4))
+    one, other = LISA(n_active=1, weights=scores), LISA(n_active=1, weights=(1.0, 1.0, 2.0, 4.0))
     for lisa in (one, other):
         lisa.attach(model, adamw(model))
     draws = [one.drawn(period) for period in range(4000)]
