@@ -57,7 +57,16 @@ def check_scorer(
     name = getattr(function, "__name__", type(function).__name__).replace("_", "-").strip("-").lower()
     wrapped = door(f"user.{name.replace('-', '_')}")(with_data(function) if needs_text else function)
     entry = Entry(
-        name, wrapped, "scorer", "score", unit, when=when, needs_text=needs_text, needs_gradients=needs_gradients, control=control, form=when
+        name,
+        wrapped,
+        "scorer",
+        "score",
+        unit,
+        when=when,
+        needs_text=needs_text,
+        needs_gradients=needs_gradients,
+        control=control,
+        form=when,
     )
     return _all_hold(entry)
 
