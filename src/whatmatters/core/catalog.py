@@ -7,6 +7,7 @@ silent absence.
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
 from collections.abc import Callable
@@ -23,6 +24,9 @@ ROOMS = ("nn", "score", "quantize", "prune", "tune", "tokens", "infer", "decode"
 
 UNITS = ("weight", "channel", "head", "layer", "token", "pair", "tile", "sample", "feature", "concept", "prototype", "component", "task",
          "path", "model", "cell")  # fmt: skip
+
+PLUGINS = "whatmatters"
+"""Group of entry points in which installed packages name modules with scorers and methods of their own."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 """Floating-point types an entry works in unless it says otherwise."""
@@ -226,6 +230,8 @@ def _discover() -> None:
         package = importlib.import_module(f"whatmatters.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"whatmatters.{room}.{module.name}")
+    for plugin in importlib.metadata.entry_points(group=PLUGINS):
+        plugin.load()  # an installed package that names itself here registers what it has by being imported
 
 
 def methods(job: str | None = None) -> list[Entry]:
