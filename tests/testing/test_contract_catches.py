@@ -1,6 +1,7 @@
 """The contract can fail: scorers that break one promise each, and the check that catches it."""
 
-import random as python_random
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -47,12 +48,6 @@ def draws(model: nn.Module, calibration: Any = None) -> Scores:
 def draws_numpy(model: nn.Module, calibration: Any = None) -> Scores:
     """Reads the global generator of numpy."""
     return made(model, {structure(model).blocks[0]: torch.tensor(float(np.random.rand()))})  # noqa: NPY002
-
-
-def draws_python(model: nn.Module, calibration: Any = None) -> Scores:
-    """Draws from Python's global generator."""
-    python_random.random()
-    return made(model)
 
 
 def leaves_a_hook(model: nn.Module, calibration: Any = None) -> Scores:
@@ -181,7 +176,6 @@ def breaks_otherwise(model: nn.Module, calibration: Any = None) -> Scores:
 CAUGHT: dict[Toy, set[str]] = {
     draws: {"global-randomness-is-left-alone"},
     draws_numpy: {"global-randomness-is-left-alone", "same-call-gives-the-same-bits"},
-    draws_python: {"global-randomness-is-left-alone"},
     leaves_a_hook: {"modes-and-hooks-are-left-as-found", "inputs-are-not-modified"},
     changes_the_mode: {"modes-and-hooks-are-left-as-found", "inputs-are-not-modified"},
     changes_a_weight: {"inputs-are-not-modified"},
@@ -251,3 +245,26 @@ def test_flags_are_checked_both_ways() -> None:
 def test_what_is_broken_is_told() -> None:
     with pytest.raises(AssertionError, match=r"(?s)prints breaks 1 of \d+ checks.*nothing-is-printed: printed 'scoring'"):
         check_scorer(prints)
+
+
+PYTHONS_OWN = """
+import random
+from whatmatters.core.scores import Scores
+from whatmatters.core.sites import structure
+from whatmatters.testing import check_scorer
+
+def draws(model, calibration=None):
+    "Draws from Python's global generator."
+    random.random()
+    found = structure(model)
+    return Scores("layer", {s.name: s.view(model).detach().double().abs().mean() for s in found.sites}, "toy", {}, structure=found)
+
+check_scorer(draws)
+"""
+
+
+def test_pythons_generator_is_looked_at_where_annotations_are_not_checked() -> None:
+    """beartype itself draws from it, so this runs as a user's process does."""
+    done = subprocess.run([sys.executable, "-c", PYTHONS_OWN], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "the global generator of python was used" in done.stderr
