@@ -45,7 +45,7 @@ def run(action: Entry, **settings: Any) -> tuple[torch.nn.Module, Report]:
 
 @pytest.mark.parametrize("scorer", LAYER, ids=named)
 def test_layer_scores_make_bits_for_every_quantizer(scorer: Entry) -> None:
-    plan = allocation.bits(scores(scorer), 4.0, (2, 4, 8), group_size=8)
+    plan = allocation.bits(scores(scorer), 5.0, (2, 4, 8), group_size=8)
     for action in TAKES_BITS:
         model, report = run(action, bits=plan)
         assert {row["site"]: row["bits"] for row in report.rows} == dict(plan.values)
@@ -56,11 +56,11 @@ def test_layer_scores_make_bits_for_every_quantizer(scorer: Entry) -> None:
 @pytest.mark.parametrize("action", TAKES_LAYERS, ids=named)
 def test_layer_scorers_by_name_and_as_scores_are_the_same(action: Entry, scorer: Entry) -> None:
     found = scores(scorer, by="block") if "by" in inspect.signature(scorer.function).parameters else scores(scorer)
-    model, _ = run(action, average_bits=3.5, levels=(2, 4), layer_scores=found)
+    model, _ = run(action, average_bits=5.0, levels=(2, 4), layer_scores=found)
     if "group_size" in inspect.signature(scorer.function).parameters:
         return  # by name a scorer has its own group size, which does not divide the tiny model's inputs
     by_name = build("llama")
-    action.function(by_name, data(), group_size=8, average_bits=3.5, levels=(2, 4), layer_scores=scorer.slug)
+    action.function(by_name, data(), group_size=8, average_bits=5.0, levels=(2, 4), layer_scores=scorer.slug)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), by_name.parameters(), strict=True))
 
 
@@ -93,7 +93,7 @@ def test_weight_scores_make_masks_that_prune(scorer: Entry, scope: str) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     layer, weight = scores(LAYER[1]), scores(WEIGHT[0], unit="weight")
     token = score_tokens(build("llama"), data(), "uniform")
-    mask, bits = allocation.masks(weight, 0.5), allocation.bits(layer, 4.0, (2, 4, 8), group_size=8)
+    mask, bits = allocation.masks(weight, 0.5), allocation.bits(layer, 5.0, (2, 4, 8), group_size=8)
     model = build("llama")
     before = [p.clone() for p in model.parameters()]
     attempts = [
