@@ -1,0 +1,250 @@
+"""Matrix times vector over the channels that matter: the weights of channels that are skipped are never read.
+
+The matrix is stored with each input channel contiguous, W' of shape (in, out); y = sum over the kept j of x_j W'_j. Three faces give the
+same product: "reference" (plain torch in float64, the oracle), "bag" (torch's weighted sum of embeddings, any floating dtype and device)
+and "compiled" (numba, float32 on the CPU: scores, selection and product in one call).
+
+The compiled face is built once a process, in seconds (`warm_up`). It is not cached on disk: numba's cache is unpickled when it is read,
+and nothing here is.
+"""
+
+import functools
+import importlib.util
+from typing import Any, no_type_check
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from whatmatters.core.allocation import threshold, top_k
+from whatmatters.core.errors import InputError, MissingExtraError, NonFiniteError
+
+__all__ = ["face_for", "sparse_gemv", "sparse_gemv_reference", "warm_up"]
+
+TILE = 2048
+"""Outputs that one thread sums at a time: 8 kB, which the first cache holds beside the rows that stream by."""
+
+PARALLEL = 1 << 18
+"""Weights to read from which more threads than one pay."""
+
+
+def face_for(weight: Float[Tensor, "out in"]) -> str:
+    """The fastest face for a matrix: "compiled" for float32 on the CPU with the channels contiguous and numba at hand, else "bag"."""
+    fits = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.T.is_contiguous()
+    return "compiled" if fits and importlib.util.find_spec("numba") is not None else "bag"
+
+
+def sparse_gemv_reference(
+    weight: Float[Tensor, "out in"],
+    x: Float[Tensor, " in"],
+    norms: Float[Tensor, " in"] | None = None,
+    *,
+    keep: int | None = None,
+    bound: float | None = None,
+    signal: Float[Tensor, " in"] | None = None,
+    bias: Float[Tensor, " out"] | None = None,
+) -> tuple[Float[Tensor, " out"], int]:
+    """`sparse_gemv` as a masked product in float64. The oracle of both other faces."""
+    mask = _mask(_scores(x, norms, signal), keep, bound)
+    y = weight.double() @ torch.where(mask, x.double(), 0.0)
+    return (y if bias is None else y + bias.double()).to(x.dtype), int(mask.sum())
+
+
+def sparse_gemv(
+    weight: Float[Tensor, "out in"],
+    x: Float[Tensor, " in"],
+    norms: Float[Tensor, " in"] | None = None,
+    *,
+    keep: int | None = None,
+    bound: float | None = None,
+    signal: Float[Tensor, " in"] | None = None,
+    bias: Float[Tensor, " out"] | None = None,
+    face: str | None = None,
+) -> tuple[Float[Tensor, " out"], int]:
+    """W x over the channels whose score |x_j| c_j is among the `keep` largest, or at least `bound`; no gradient.
+
+    Args:
+        weight: (out, in); its transpose should be contiguous, or the rows to read are copied first.
+        x: one vector of inputs.
+        norms: c, float32; None: all one.
+        keep: how many channels are kept, equal scores by position.
+        bound: or: the smallest score that is kept.
+        signal: what is scored in place of x.
+        bias: added to the product.
+        face: "compiled" or "bag"; None: what `face_for` says.
+
+    Returns:
+        The product, in the dtype of x, and how many channels were kept.
+
+    Raises:
+        InputError: not exactly one of keep and bound, keep out of range, or an unknown face.
+        NonFiniteError: a score is NaN or infinite, so that which channels matter is undefined.
+        MissingExtraError: "compiled" without numba.
+
+    Example:
+        >>> y, kept = sparse_gemv(torch.tensor([[1.0, 10.0, 100.0]]), torch.tensor([3.0, 2.0, 1.0]), keep=2, face="bag")
+        >>> y.tolist(), kept
+        ([23.0], 2)
+    """
+    if (keep is None) == (bound is None) or (keep is not None and not 0 <= keep <= len(x)):
+        raise InputError(f"keep={keep}, bound={bound} for {len(x)} channels; expected one of the two, keep from 0 to {len(x)}")
+    face = face or face_for(weight)
+    if face == "compiled":
+        return _by_loop(weight, x, norms, keep, bound, signal, bias)
+    if face != "bag":
+        raise InputError(f"face {face!r:.40} is unknown; expected 'compiled' or 'bag'")
+    mask = _mask(_scores(x, norms, signal), keep, bound)
+    chosen = mask.nonzero()[:, 0]
+    rows, out = weight.detach().T.contiguous(), len(weight)
+    parts = next(n for n in (8, 4, 2, 1) if out % n == 0)  # a bag for each part of the outputs, so that threads can share the work
+    bags = chosen * parts + torch.arange(parts, device=x.device)[:, None]
+    if len(chosen):
+        given = x.detach()[chosen].to(rows.dtype).expand(parts, -1).contiguous()
+        y = functional.embedding_bag(bags, rows.view(-1, out // parts), mode="sum", per_sample_weights=given).reshape(-1).to(x.dtype)
+    else:
+        y = x.new_zeros(out)
+    return y if bias is None else y + bias.detach(), len(chosen)
+
+
+def _scores(x: Float[Tensor, " in"], norms: Float[Tensor, " in"] | None, signal: Float[Tensor, " in"] | None) -> Float[Tensor, " in"]:
+    scores = (x if signal is None else signal).detach().float()
+    scores = (scores if norms is None else scores * norms).abs()
+    if not bool((scores < torch.inf).all()):
+        _refuse()
+    return scores
+
+
+def _mask(scores: Float[Tensor, " in"], keep: int | None, bound: float | None) -> Tensor:
+    return top_k(scores, keep) if keep is not None else threshold(scores, bound if bound is not None else 0.0)
+
+
+def _refuse() -> None:
+    raise NonFiniteError("an activation is NaN or infinite, so which channels matter is undefined; check the model's dtype and weights")
+
+
+def _by_loop(
+    weight: Tensor, x: Tensor, norms: Tensor | None, keep: int | None, bound: float | None, signal: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, int]:
+    rows = weight.detach().T
+    if x.dtype != torch.float32 or x.device.type != "cpu" or rows.dtype != torch.float32 or not rows.is_contiguous():
+        raise InputError(f"the compiled face takes float32 on the CPU with contiguous channels, not {weight.dtype}; use face='bag'")
+    threads = torch.get_num_threads() if rows.numel() >= PARALLEL else 1
+    loop = _compiled(threads > 1)
+    if threads > 1:
+        _share(threads)
+    x = x.detach().contiguous()
+    given = x.numpy()
+    y = torch.empty(rows.shape[1])
+    empty = y.numpy()[:0]
+    kept = loop(
+        rows.numpy(),
+        given,
+        given if signal is None else signal.detach().contiguous().numpy(),
+        empty if norms is None else norms.numpy(),
+        -1 if keep is None else keep,
+        0.0 if bound is None else bound,
+        empty if bias is None else bias.detach().numpy(),
+        y.numpy(),
+    )
+    if kept < 0:
+        _refuse()
+    return y, int(kept)
+
+
+def warm_up() -> None:
+    """Build the compiled face for the present number of threads, if numba is at hand, so that no product waits for it."""
+    if importlib.util.find_spec("numba") is None:
+        return
+    for rows in {1, PARALLEL if torch.get_num_threads() > 1 else 1}:
+        sparse_gemv(torch.zeros(1, rows).T, torch.zeros(1), keep=1, face="compiled")
+
+
+def _share(threads: int) -> None:
+    import numba
+
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+
+
+@functools.cache
+@no_type_check  # numba compiles the plain functions, not functions that check their arguments
+def _compiled(parallel: bool) -> Any:
+    """The loop in machine code. Products may be fused and sums reordered; NaN stays NaN."""
+    try:
+        import numba
+        import numpy as np
+    except ImportError as error:
+        raise MissingExtraError("the compiled sparse kernel needs numba; install it with: pip install 'whatmatters[fast]'") from error
+    fast = {"contract", "reassoc", "nsz", "arcp"}
+
+    def largest(scores, keep, index):
+        # Scores are not negative, so their bits have the order of their values: the top twelve bits find the stretch that holds the bound.
+        bits = scores.view(np.uint32)
+        counts = np.zeros(2048, np.int64)
+        for j in range(len(scores)):
+            counts[bits[j] >> 20] += 1
+        place, need = 2047, keep
+        while need > counts[place]:
+            need -= counts[place]
+            place -= 1
+        near = np.empty(counts[place], np.float32)
+        found = 0
+        for j in range(len(scores)):
+            if bits[j] >> 20 == place:
+                near[found] = scores[j]
+                found += 1
+        bound = np.sort(near)[found - need]
+        ties = keep
+        for j in range(len(scores)):
+            ties -= scores[j] > bound
+        kept = 0
+        for j in range(len(scores)):
+            equal = scores[j] == bound
+            index[kept] = j
+            kept += (scores[j] > bound) or (equal and ties > 0)
+            ties -= equal
+        return kept
+
+    select = numba.njit(largest, nogil=True)
+    prange = numba.prange
+
+    def loop(rows, x, signal, norms, keep, bound, bias, y):
+        size, out = len(x), len(y)
+        scores = np.empty(size, np.float32)
+        bad = 0
+        for j in range(size):
+            score = abs(signal[j] * norms[j]) if len(norms) else abs(signal[j])
+            scores[j] = score
+            bad += not (score < np.inf)
+        if bad:
+            return -1
+        index = np.empty(size + 1, np.int64)
+        kept = 0
+        if keep > 0:
+            kept = select(scores, keep, index)
+        elif keep < 0:
+            for j in range(size):
+                index[kept] = j
+                kept += scores[j] >= bound
+        whole = kept - kept % 4
+        for tile in prange((out + TILE - 1) // TILE):
+            low = tile * TILE
+            width = min(out - low, TILE)
+            sums = np.zeros(TILE, np.float32)
+            for at in range(0, whole, 4):
+                a, b, c, d = index[at], index[at + 1], index[at + 2], index[at + 3]
+                xa, xb, xc, xd = x[a], x[b], x[c], x[d]
+                for o in range(width):
+                    sums[o] += xa * rows[a, low + o] + xb * rows[b, low + o] + xc * rows[c, low + o] + xd * rows[d, low + o]
+            for at in range(whole, kept):
+                a = index[at]
+                for o in range(width):
+                    sums[o] += x[a] * rows[a, low + o]
+            if len(bias):
+                for o in range(width):
+                    sums[o] += bias[low + o]
+            for o in range(width):
+                y[low + o] = sums[o]
+        return kept
+
+    return numba.njit(loop, fastmath=fast, parallel=parallel, nogil=True)
