@@ -33,7 +33,7 @@ from whatmatters.core.errors import FileError, ModelError, NonFiniteError, Resum
 from whatmatters.core.progress import Progress
 from whatmatters.core.sites import Site, Structure, replaced_forward
 
-__all__ = ["Batch", "Block", "WalkResult", "walk"]
+__all__ = ["Batch", "Block", "WalkResult", "give_memory_back", "walk"]
 
 SPILL_BYTES = 2 << 30
 """Block inputs are kept in memory up to this size, on disk beyond it."""
@@ -164,7 +164,7 @@ class _Inputs:
                 self.store = _Store(folder, spill_bytes, hidden.nbytes // len(ids) * samples)
             self.store[index] = hidden
             self.arguments.append(self._shared(arguments))
-        _give_memory_back()
+        give_memory_back()
 
     def _check_chain(self, model: nn.Module, blocks: list[nn.Module], ids: Tensor, valid: Tensor | None) -> None:
         """One real run of one sample: every block must be given exactly what the block before it returned, once."""
@@ -404,14 +404,14 @@ def walk(
                         scratch.write(index, changed, row, spent)
                 extras |= {key.removeprefix(EXTRA): value for key, value in changed.items() if key.startswith(EXTRA)}
                 del changed
-                _give_memory_back()
+                give_memory_back()
                 if sites:
                     rows.append(row)
                     seconds.append(spent)
                 if inputs is not None and index + 1 < total:
                     inputs.advance(block)
             del block
-            _give_memory_back()
+            give_memory_back()
             if progress is not None:
                 progress(label, index + 1, total)
         del inputs
@@ -420,7 +420,7 @@ def walk(
         return WalkResult(rows, extras, seconds)
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Return freed memory to the system where the C library can: its allocator would keep it, and the peak grow with every block."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
