@@ -75,9 +75,9 @@ def test_scores_that_are_not_finite_are_refused(face: str, bad: float, how: dict
 
 
 @needs_numba
-def test_two_threads_give_the_bits_of_one() -> None:
+def test_two_threads_give_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x, norms, bias = case(4100, 96)
-    assert weight.numel() >= module.PARALLEL
+    monkeypatch.setattr(module, "PARALLEL", 1000)
     before = torch.get_num_threads()
     results = []
     try:

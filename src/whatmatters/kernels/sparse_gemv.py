@@ -10,6 +10,9 @@ and nothing here is.
 
 import functools
 import importlib.util
+import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, no_type_check
 
 import torch
@@ -26,7 +29,7 @@ TILE = 2048
 """Outputs that one thread sums at a time: 8 kB, which the first cache holds beside the rows that stream by."""
 
 PARALLEL = 1 << 18
-"""Weights to read from which more threads than one pay."""
+"""Weights to read from which a second thread pays for being woken."""
 
 
 def face_for(weight: Float[Tensor, "out in"]) -> str:
@@ -129,47 +132,51 @@ def _by_loop(
     rows = weight.detach().T
     if x.dtype != torch.float32 or x.device.type != "cpu" or rows.dtype != torch.float32 or not rows.is_contiguous():
         raise InputError(f"the compiled face takes float32 on the CPU with contiguous channels, not {weight.dtype}; use face='bag'")
-    threads = torch.get_num_threads() if rows.numel() >= PARALLEL else 1
-    loop = _compiled(threads > 1)
-    if threads > 1:
-        _share(threads)
+    select, gather = _compiled()
     x = x.detach().contiguous()
-    given = x.numpy()
-    y = torch.empty(rows.shape[1])
-    empty = y.numpy()[:0]
-    kept = loop(
-        rows.numpy(),
-        given,
+    given, y = x.numpy(), torch.empty(rows.shape[1])
+    empty = _EMPTY.numpy()
+    index = select(
         given if signal is None else signal.detach().contiguous().numpy(),
         empty if norms is None else norms.numpy(),
         -1 if keep is None else keep,
         0.0 if bound is None else bound,
-        empty if bias is None else bias.detach().numpy(),
-        y.numpy(),
     )
-    if kept < 0:
+    if index is None:
         _refuse()
-    return y, int(kept)
+    job = (rows.numpy(), given, index, empty if bias is None else bias.detach().numpy(), y.numpy())
+    out = rows.shape[1]
+    threads = min(torch.get_num_threads(), max(1, len(index) * out // PARALLEL))
+    edges = [part * out // threads // 16 * 16 for part in range(threads)] + [out]
+    others = [_threads(torch.get_num_threads() - 1).submit(gather, *job, low, high) for low, high in pairwise(edges[1:])]
+    gather(*job, 0, edges[1])
+    for other in others:
+        other.result()
+    return y, len(index)
+
+
+_EMPTY = torch.empty(0)
 
 
 def warm_up() -> None:
-    """Build the compiled face for the present number of threads, if numba is at hand, so that no product waits for it."""
-    if importlib.util.find_spec("numba") is None:
-        return
-    for rows in {1, PARALLEL if torch.get_num_threads() > 1 else 1}:
-        sparse_gemv(torch.zeros(1, rows).T, torch.zeros(1), keep=1, face="compiled")
+    """Build the compiled face, if numba is at hand, so that no product waits for it."""
+    if importlib.util.find_spec("numba") is not None:
+        sparse_gemv(torch.zeros(1, 1).T, torch.zeros(1), keep=1, face="compiled")
 
 
-def _share(threads: int) -> None:
-    import numba
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads that sleep while there is nothing to do: a second OpenMP pool beside torch's would spin against it."""
+    return ThreadPoolExecutor(count, thread_name_prefix="sparse-gemv")
 
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child process has none of its parent's threads
 
 
 @functools.cache
 @no_type_check  # numba compiles the plain functions, not functions that check their arguments
-def _compiled(parallel: bool) -> Any:
-    """The loop in machine code. Products may be fused and sums reordered; NaN stays NaN."""
+def _compiled() -> Any:
+    """Selection and product in machine code, without the interpreter's lock. Sums may be reordered; NaN stays NaN."""
     try:
         import numba
         import numpy as np
@@ -205,11 +212,10 @@ def _compiled(parallel: bool) -> Any:
             ties -= equal
         return kept
 
-    select = numba.njit(largest, nogil=True)
-    prange = numba.prange
+    largest = numba.njit(largest, nogil=True)
 
-    def loop(rows, x, signal, norms, keep, bound, bias, y):
-        size, out = len(x), len(y)
+    def select(signal, norms, keep, bound):
+        size = len(signal)
         scores = np.empty(size, np.float32)
         bad = 0
         for j in range(size):
@@ -217,20 +223,24 @@ def _compiled(parallel: bool) -> Any:
             scores[j] = score
             bad += not (score < np.inf)
         if bad:
-            return -1
+            return None
         index = np.empty(size + 1, np.int64)
         kept = 0
         if keep > 0:
-            kept = select(scores, keep, index)
+            kept = largest(scores, keep, index)
         elif keep < 0:
             for j in range(size):
                 index[kept] = j
                 kept += scores[j] >= bound
+        return index[:kept]
+
+    def gather(rows, x, index, bias, y, first, last):
+        kept = len(index)
         whole = kept - kept % 4
-        for tile in prange((out + TILE - 1) // TILE):
-            low = tile * TILE
-            width = min(out - low, TILE)
-            sums = np.zeros(TILE, np.float32)
+        sums = np.empty(TILE, np.float32)
+        for low in range(first, last, TILE):
+            width = min(last - low, TILE)
+            sums[:] = 0
             for at in range(0, whole, 4):
                 a, b, c, d = index[at], index[at + 1], index[at + 2], index[at + 3]
                 xa, xb, xc, xd = x[a], x[b], x[c], x[d]
@@ -245,6 +255,5 @@ def _compiled(parallel: bool) -> Any:
                     sums[o] += bias[low + o]
             for o in range(width):
                 y[low + o] = sums[o]
-        return kept
 
-    return numba.njit(loop, fastmath=fast, parallel=parallel, nogil=True)
+    return numba.njit(select, fastmath=fast, nogil=True), numba.njit(gather, fastmath=fast, nogil=True)
