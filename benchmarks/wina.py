@@ -4,9 +4,10 @@
 
 gemv: a float32 linear (in 4096, out 11008), dense and sparse calls alternating over four matrices of each, so that none is found in a
 cache; norms, top-k and gather are inside the timed call. The bound is a streaming read of as many bytes as the kept weights have.
-decode: greedy decoding with a key-value cache of a random Llama of over 100M parameters, dense and sparse copies alternating token by token.
-memory: resident memory before and after the weights of that model are laid out anew. Each part runs in a process of its own. Building the
-compiled kernel takes seconds once a process, when the handle is made, and is not timed.
+decode: greedy decoding with a key-value cache of a random Llama of over 100M parameters; dense and sparse copies take turns by token.
+memory: resident memory before and after the weights of that model are laid out anew. Each part runs in a process of its own. Building
+the compiled kernel takes seconds once a process, when the handle is made, and is not timed. Prefill goes through masked dense products;
+its time is printed too, since it is no speed-up.
 """
 
 import argparse

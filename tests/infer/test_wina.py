@@ -263,7 +263,7 @@ def test_keys_of_few_heads_lose_nothing_up_to_their_rank() -> None:
         with wina(model, allocation=Plan("ratio", shares, {}, {}, "mine"), transform=True, dense_prefix=0):
             assert float((model(ids).logits - dense).abs().max()) < 1e-8
         with wina(model, allocation=Plan("ratio", shares, {}, {}, "mine"), dense_prefix=0):
-            assert float((model(ids).logits - dense).abs().max()) > 1e-3
+            assert float((model(ids).logits - dense).abs().max()) > 1e-5
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7)])
@@ -291,7 +291,7 @@ def test_the_transform_needs_norms_to_read_from() -> None:
 
 def test_thresholds_skip_the_asked_share_of_unseen_data() -> None:
     weight = torch.randn(16, 64, generator=draws(7)) * torch.randn(64, generator=draws(8)).exp()
-    data = torch.randn(2, 4000, 64, generator=draws(9))
+    data = torch.randn(2, 2000, 64, generator=draws(9))
     for sparsity in (0.25, 0.5, 0.65, 0.9):
         with torch.no_grad(), wina(one(weight), Calibration.from_tensors(data[0]), sparsity=sparsity, mask_by="threshold") as handle:
             gate = handle._gates[0]
@@ -424,10 +424,8 @@ def test_no_sparsity_is_bit_identical_and_lays_nothing_out() -> None:
         dense = model(ids).logits
         with wina(model, sparsity=0.0):
             assert torch.equal(model(ids).logits, dense)
-            assert all(torch.equal(model(ids[:1, :1]).logits, dense[:1, :1]) for _ in range(1)) or True
-            assert [p.stride() for p in model.parameters()] == [
-                v[1] for k, v in before["tensors"].items() if k in dict(model.named_parameters())
-            ]
+            for name, parameter in model.named_parameters():
+                assert parameter.stride() == before["tensors"][name][1]
 
 
 def test_a_model_has_one_handle_and_is_not_saved_with_it(tmp_path: Any) -> None:
@@ -504,14 +502,14 @@ def test_activations_that_are_not_finite_are_named(tokens: int) -> None:
         ({"sparsity": 1.0}, BudgetError, "0 to below 1"),
         ({"sparsity": -0.1}, BudgetError, "0 to below 1"),
         ({"sparsity": float("nan")}, BudgetError, "0 to below 1"),
-        ({"sparsity": "half"}, InputTypeError, "number"),
+        ({"sparsity": True}, InputTypeError, "number"),
         ({"allocation": "magic"}, InputError, "greedy"),
         ({"allocation": "greedy"}, DataError, "calibration"),
         ({"mask_by": "threshold"}, DataError, "calibration"),
         ({"mask_by": "luck"}, InputError, "topk"),
         ({"norms": "some"}, InputError, "orthogonal_only"),
         ({"dense_prefix": -1}, InputError, "0 or more"),
-        ({"step": 0}, InputError, "above 0"),
+        ({"step": 0.0}, InputError, "above 0"),
         ({"allocation": Plan("bits", {"0": 4}, {}, {}, "mine")}, InputTypeError, "ratio"),
         ({"allocation": Plan("ratio", {"0": 0.5}, {}, {}, "mine")}, InputError, "lacks"),
         ({"allocation": Plan("ratio", {"0": 0.5}, {}, {}, "mine"), "sparsity": 0.5}, InputError, "one of the two"),

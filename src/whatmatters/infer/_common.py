@@ -100,7 +100,7 @@ class Positions:
         given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         ids, cache = given.get("position_ids"), given.get("past_key_values")
         self.ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
-        self.first = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        self.first = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
 
     def forget(self, *_: Any) -> None:
         """A forward hook: what is called outside a call of the model starts at position 0."""
@@ -327,13 +327,13 @@ class SparseActivations:
             for gate in self._gates
         ]
 
-    def costs(self) -> dict[str, float]:
+    def costs(self) -> dict[str, int | float]:
         """Multiplications and bytes of one decoded token over all sites inside blocks, dense and now, by formula.
 
         Masks of more than one token save nothing and are not counted as savings. `reduction` is net of scores and rotations.
         """
         keys = ("macs_dense", "macs_sparse", "macs_overhead", "bytes_dense", "bytes_sparse")
-        total: dict[str, float] = {key: sum(row[key] for row in self.report.rows) for key in keys}
+        total: dict[str, int | float] = {key: sum(row[key] for row in self.report.rows) for key in keys}
         now = total["macs_sparse"] + total["macs_overhead"]
         return total | {"reduction": 1 - now / total["macs_dense"], "bytes_reduction": 1 - total["bytes_sparse"] / total["bytes_dense"]}
 
@@ -395,7 +395,7 @@ def install(
                 _rotate(undo, _parameter(root, by_name[reader], prefix), matrix, by_name[reader].transposed)
     gates = {}
     for site in by_name.values():
-        module = root.get_submodule(site.name.removeprefix(prefix))
+        module = root if site.name == name else root.get_submodule(site.name.removeprefix(prefix))
         signal = None
         if site.name in gating.signals:
             signal = Signal()

@@ -72,7 +72,7 @@ def teal(
     References:
         Liu, Ponnusamy, Cai, Guo, Kim, Athiwaratkun, "Training-Free Activation Sparsity in Large Language Models", 2024, arXiv 2408.14690.
     """
-    if not isinstance(step, int | float) or not 0 < step <= 1:
+    if not 0 < step <= 1:
         raise InputError(f"step is {step!r:.40}; expected above 0 to 1")
     return sparsify(
         "teal", model, calibration, mask_by=mask_by, dense_prefix=dense_prefix,

@@ -109,7 +109,7 @@ def wina(
     """
     if norms not in ("all", "orthogonal_only"):
         raise InputError(f"norms is {norms!r:.40}; expected 'all' or 'orthogonal_only'")
-    if not isinstance(step, int | float) or not 0 < step <= 1:
+    if not 0 < step <= 1:
         raise InputError(f"step is {step!r:.40}; expected above 0 to 1")
 
     def gating(found: Structure, sites: list[Site]) -> Gating:
@@ -268,7 +268,7 @@ def greedy_rows(
     total = sum(costs.values())
     rows = [(0.0, dict(shares))]
     while rows[-1][0] < target - 1e-9:
-        tried = []
+        tried: list[tuple[float, int, dict[str, float]]] = []
         for name, cost in costs.items():
             if shares[name] < 1:
                 candidate = shares | {name: min(1.0, shares[name] + step / cost)}

@@ -10,9 +10,6 @@ and nothing here is.
 
 import functools
 import importlib.util
-import os
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any, no_type_check
 
 import torch
@@ -28,8 +25,8 @@ __all__ = ["face_for", "sparse_gemv", "sparse_gemv_reference", "warm_up"]
 TILE = 2048
 """Outputs that one thread sums at a time: 8 kB, which the first cache holds beside the rows that stream by."""
 
-PARALLEL = 1 << 18
-"""Weights to read from which a second thread pays for being woken."""
+PARALLEL = 1 << 16
+"""Weights to read for each thread: fewer do not pay for waking it."""
 
 
 def face_for(weight: Float[Tensor, "out in"]) -> str:
@@ -145,13 +142,11 @@ def _by_loop(
     if index is None:
         _refuse()
     job = (rows.numpy(), given, index, empty if bias is None else bias.detach().numpy(), y.numpy())
-    out = rows.shape[1]
-    threads = min(torch.get_num_threads(), max(1, len(index) * out // PARALLEL))
-    edges = [part * out // threads // 16 * 16 for part in range(threads)] + [out]
-    others = [_threads(torch.get_num_threads() - 1).submit(gather, *job, low, high) for low, high in pairwise(edges[1:])]
-    gather(*job, 0, edges[1])
-    for other in others:
-        other.result()
+    threads = min(torch.get_num_threads(), len(index) * len(y) // PARALLEL)
+    if threads > 1 and (share := _shared()) is not None:
+        share(*job, threads)
+    else:
+        gather(*job, 0, len(y))
     return y, len(index)
 
 
@@ -162,15 +157,8 @@ def warm_up() -> None:
     """Build the compiled face, if numba is at hand, so that no product waits for it."""
     if importlib.util.find_spec("numba") is not None:
         sparse_gemv(torch.zeros(1, 1).T, torch.zeros(1), keep=1, face="compiled")
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    """Threads that sleep while there is nothing to do: a second OpenMP pool beside torch's would spin against it."""
-    return ThreadPoolExecutor(count, thread_name_prefix="sparse-gemv")
-
-
-os.register_at_fork(after_in_child=_threads.cache_clear)  # a child process has none of its parent's threads
+        if torch.get_num_threads() > 1:
+            _shared()
 
 
 @functools.cache
@@ -239,21 +227,42 @@ def _compiled() -> Any:
         whole = kept - kept % 4
         sums = np.empty(TILE, np.float32)
         for low in range(first, last, TILE):
-            width = min(last - low, TILE)
+            high = min(low + TILE, last)
             sums[:] = 0
             for at in range(0, whole, 4):
                 a, b, c, d = index[at], index[at + 1], index[at + 2], index[at + 3]
                 xa, xb, xc, xd = x[a], x[b], x[c], x[d]
-                for o in range(width):
-                    sums[o] += xa * rows[a, low + o] + xb * rows[b, low + o] + xc * rows[c, low + o] + xd * rows[d, low + o]
+                # Slices, so that the loop below has nothing but contiguous reads and becomes vector instructions.
+                wa, wb, wc, wd = rows[a, low:high], rows[b, low:high], rows[c, low:high], rows[d, low:high]
+                for o in range(high - low):
+                    sums[o] += xa * wa[o] + xb * wb[o] + xc * wc[o] + xd * wd[o]
             for at in range(whole, kept):
-                a = index[at]
-                for o in range(width):
-                    sums[o] += x[a] * rows[a, low + o]
+                xa, wa = x[index[at]], rows[index[at], low:high]
+                for o in range(high - low):
+                    sums[o] += xa * wa[o]
             if len(bias):
-                for o in range(width):
-                    sums[o] += bias[low + o]
-            for o in range(width):
-                y[low + o] = sums[o]
+                y[low:high] = sums[: high - low] + bias[low:high]
+            else:
+                y[low:high] = sums[: high - low]
 
     return numba.njit(select, fastmath=fast, nogil=True), numba.njit(gather, fastmath=fast, nogil=True)
+
+
+@functools.cache
+@no_type_check
+def _shared() -> Any:
+    """The product with its outputs divided among threads; None where numba's threads must not be used by two callers at once."""
+    import numba
+    import numpy as np
+
+    gather = _compiled()[1]
+
+    @numba.njit(parallel=True)
+    def share(rows, x, index, bias, y, parts):
+        out = len(y)
+        for part in numba.prange(parts):
+            low, high = part * out // parts // 16 * 16, (part + 1) * out // parts // 16 * 16
+            gather(rows, x, index, bias, y, low, out if part == parts - 1 else high)
+
+    share(np.zeros((1, 1), np.float32), np.zeros(1, np.float32), np.zeros(1, np.int64), np.zeros(0, np.float32), np.zeros(1, np.float32), 1)
+    return share if numba.threading_layer() in ("omp", "tbb") else None
