@@ -1,8 +1,8 @@
 """WINA: for every token each linear reads only the input channels that matter most, by activation times column norm. No training.
 
-Chen, Zhao, Lin, Ni, Zhang, Zhu, Liang 2025, arXiv 2505.19427. unit channel · score |x_j| times the norm of what it is multiplied with ·
-allocation top-k per token (or a calibrated threshold), shares by site uniform or by greedy search · action skip. If the columns of W are
-orthogonal, dropping channels costs exactly the sum of x_j^2 c_j^2, so that the largest |x_j| c_j are the best choice there is.
+Chen, Zhao, Ko, Banbury, Zhuang, Liang, Cameron, Chen 2025, arXiv 2505.19427. unit channel · score |x_j| times the norm of what it is
+multiplied with · allocation top-k per token (or a calibrated threshold), shares by site uniform or by greedy search · action skip. If the
+columns of W are orthogonal, dropping channels costs exactly the sum of x_j^2 c_j^2, so that the largest |x_j| c_j are the best choice.
 
 Following the official code: counts are rounded down; the greedy search is TEAL's, on the dense model's inputs and the last quarter of the
 positions; `norms="orthogonal_only"` uses norms where that code does (k and gate), while the paper's formula is for all. Departing from it:
@@ -104,8 +104,9 @@ def wina(
         [[9.0, 9.0]]
 
     References:
-        Chen, Zhao, Lin, Ni, Zhang, Zhu, Liang, "WINA: Weight Informed Neuron Activation for Accelerating Large Language Model Inference",
-        2025, arXiv 2505.19427. Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL), 2024, arXiv 2408.14690.
+        Chen, Zhao, Ko, Banbury, Zhuang, Liang, Cameron, Chen, "WINA: Weight Informed Neuron Activation for Accelerating Large Language
+        Model Inference", 2025, arXiv 2505.19427. The greedy search: Liu et al., "Training-Free Activation Sparsity in Large Language
+        Models" (TEAL), 2024, arXiv 2408.14690.
     """
     if norms not in ("all", "orthogonal_only"):
         raise InputError(f"norms is {norms!r:.40}; expected 'all' or 'orthogonal_only'")

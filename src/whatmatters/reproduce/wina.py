@@ -1,8 +1,9 @@
 """WINA's claims at desk scale: best subsets, planted column norms, perplexity of small trained models against TEAL, and FLOPs by formula.
 
-Chen, Zhao, Lin, Ni, Zhang, Zhu, Liang 2025, arXiv 2505.19427. Arms under one sparsity, through one code: channels at random, TEAL
-(magnitude), WINA (norms everywhere), WINA as the official code gates (norms at k and gate), and the same behind the tensor transform.
-Perplexity comes from masked dense products: what is judged here is the mask, never the speed (`benchmarks/wina.py` measures that).
+Chen, Zhao, Ko, Banbury, Zhuang, Liang, Cameron, Chen 2025, arXiv 2505.19427. Arms under one sparsity, through one code: channels at
+random, TEAL (magnitude), WINA (norms everywhere), WINA as the official code gates (norms at k and gate), and the same behind the tensor
+transform. Perplexity comes from masked dense products: what is judged here is the mask, never the speed, which `benchmarks/wina.py`
+measures.
 """
 
 import contextlib
