@@ -51,8 +51,9 @@ DIFFERENCES = (
     "models of 0.26M and 5.8M parameters in place of 7 to 14 billion; perplexity and next-token accuracy of held-out documents in place "
     "of six benchmarks",
     "the first 3 positions of each sequence stay dense, in place of the first 1 % of each forward call",
-    "the greedy search takes steps of 0.125 d^2 in place of 0.025, on two windows of 128 tokens in place of 20 samples; an earlier run with "
-    "steps of 1.0 d^2, which drop whole matrices, gave 20.5 for WINA on pylib-lm at one half, far above the uniform split's 17.8",
+    "the greedy search takes steps of 0.125 d^2 in place of 0.025, on two windows of 128 tokens in place of 20 samples",
+    "an earlier run of the greedy search with steps of 1.0 d^2, which drop whole matrices, gave a perplexity of 20.5 for WINA on pylib-lm "
+    "at one half, above the uniform split's 17.8",
     "errors of the greedy search are norms per token, in place of norms along the sequence",
     "the transform rotates the inputs of q, k, v and of gate, up; residual stream, embeddings and head keep their basis, norms their gains",
 )
