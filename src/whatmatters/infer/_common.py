@@ -505,7 +505,7 @@ def _edge(cell: int) -> float:
 
 
 def _quantile(counts: Int64[Tensor, " bins"], share: float) -> float:
-    """The smallest score to keep, so that `share` of the counted ones is smaller or equal to what is skipped; -inf for a share of 0."""
+    """The smallest score to keep, so that `share` of the counted scores are below it; -inf for a share of 0."""
     if share <= 0:
         return -math.inf
     cumulated = counts.cumsum(0)
@@ -513,7 +513,7 @@ def _quantile(counts: Int64[Tensor, " bins"], share: float) -> float:
     cell = int(torch.searchsorted(cumulated, wanted, right=False))
     inside = (wanted - int(cumulated[cell]) + int(counts[cell])) / int(counts[cell])
     value = _edge(cell) + inside * (_edge(cell + 1) - _edge(cell))
-    return math.nextafter(float(torch.tensor(value)), math.inf)
+    return float(torch.nextafter(torch.tensor(value), torch.tensor(math.inf)))  # a float32, so that every comparison is the same one
 
 
 # The door that the methods share
