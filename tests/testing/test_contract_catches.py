@@ -83,7 +83,7 @@ def by_position(model: nn.Module, calibration: Any = None, power: float = 1.0) -
 
 
 def prints(model: nn.Module, calibration: Any = None) -> Scores:
-    """Prints."""
+    """Prints what it does."""
     print("scoring")
     return made(model)
 

@@ -26,7 +26,7 @@ from whatmatters.score import layers
         (layers.cosine, (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3))),
         (site_bits, (object(), None)),
         (importlib.import_module("whatmatters.prune.wanda").importance, (torch.zeros(2, 3), torch.zeros(3))),
-        (RankMeAccumulator.merge, (RankMeAccumulator(), "other")),
+        (RankMeAccumulator.update, (RankMeAccumulator(), "rows")),
         (Scores.load, (3,)),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
