@@ -19,7 +19,7 @@ from whatmatters.core.errors import DataError, UnknownNameError, WhatMattersErro
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ROOMS = ("nn", "score", "quantize", "prune", "tune", "tokens", "infer", "decode", "select", "sae", "explain", "represent")
+ROOMS = ("nn", "score", "quantize", "prune", "tune", "infer", "select", "represent")
 """Rooms that hold catalog entries, lowest floor first."""
 
 UNITS = ("weight", "channel", "head", "layer", "token", "pair", "tile", "sample", "feature", "concept", "prototype", "component", "task",
