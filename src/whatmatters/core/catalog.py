@@ -175,9 +175,8 @@ def method(
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        if inspect.isclass(function):
-            wrapped = function
-        else:
+        wrapped: Any = function
+        if not inspect.isclass(function):
             wrapped = door(f"{job}.{function.__name__}")(with_data(function) if needs_text else function)
         _register(
             Entry(

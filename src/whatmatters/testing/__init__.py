@@ -56,7 +56,7 @@ def check_scorer(
         raise InputError(f"when is {when!r}; expected 'ahead' or 'walk'")
     name = getattr(function, "__name__", type(function).__name__).replace("_", "-").strip("-").lower()
     wrapped = door(f"user.{name.replace('-', '_')}")(with_data(function) if needs_text else function)
-    flags = {"needs_text": needs_text, "needs_gradients": needs_gradients, "control": control}
+    flags: dict[str, Any] = {"needs_text": needs_text, "needs_gradients": needs_gradients, "control": control}
     entry = Entry(name, wrapped, "scorer", "score", unit, when=when, form=when, **flags)
     return _all_hold(entry)
 

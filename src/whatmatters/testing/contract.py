@@ -340,7 +340,7 @@ def registering_twice_is_one_entry(entry: Entry) -> None:
     catalog._register(entry)
     assert len(every_entry()) == count, "registering again added an entry"
     stranger = functools.partial(len)
-    stranger.__module__ = "elsewhere"  # type: ignore[attr-defined]
+    stranger.__module__ = "elsewhere"
     try:
         catalog._register(Entry(entry.slug, stranger, entry.kind, entry.job, entry.unit))
     except RuntimeError:
@@ -483,8 +483,8 @@ def undoing_gives_the_subject_back(entry: Entry) -> None:
 
 
 def defaults_survive_a_call(entry: Entry) -> None:
-    function = inspect.unwrap(entry.function)
-    function = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
+    function: Any = inspect.unwrap(entry.function)
+    function = function.__init__ if inspect.isclass(function) else function
     told = (function.__defaults__, function.__kwdefaults__)
     before = state_of(told)
     call(entry, subject(entry))

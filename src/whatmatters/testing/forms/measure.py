@@ -1,5 +1,7 @@
 """Measures: one number from a matrix of representations."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ def _call(entry: Entry, subject: Tensor, **settings: object) -> float:
     return float(entry.function(subject, **settings))
 
 
-def _with(place: tuple[int, int], value: float) -> "object":
+def _with(place: tuple[int, int], value: float) -> Callable[[Tensor], Tensor]:
     def broken(subject: Tensor) -> Tensor:
         changed = subject.clone()
         changed[place] = value

@@ -62,7 +62,7 @@ def scores_every_token_at_every_block(entry: Entry) -> None:
     scores = call(entry, good)
     assert scores.values.keys() == set(structure(good[0]).blocks), "score at every block"
     assert scores.unit == entry.unit == "token", f"the entry says unit {entry.unit!r}; scorers in a walk score tokens"
-    assert scores.valid is not None
+    assert scores.valid is not None and good[1].valid is not None
     assert all(torch.equal(mask, good[1].valid) for mask in scores.valid.values()), "the valid positions are not those of the data"
 
 
