@@ -523,11 +523,9 @@ def gated_sites(model: nn.Module, found: Structure, allow_uncovered: bool) -> tu
     """The linears that can be gated, and notes on what stays dense.
 
     Raises:
-        ModelError: experts or uncovered weights that were not allowed, or the model is sparse already.
+        ModelError: experts or uncovered weights that were not allowed.
         NonFiniteError: a weight is NaN or infinite.
     """
-    if gates_of(model):
-        raise ModelError("this model has sparse activations already; undo() the handle that it has first")
     sites = [site for site in found.sites if site.index is None]
     experts = list(dict.fromkeys(site.parameter for site in found.sites if site.index is not None))
     left = [*experts, *found.uncovered]
@@ -568,6 +566,8 @@ def sparsify(
         raise InputError(f"dense_prefix is {dense_prefix!r:.40}; expected a number of positions, 0 or more")
     if mask_by == "threshold" and calibration is None:
         raise DataError("mask_by='threshold' needs calibration data to find the thresholds; pass some as the second argument")
+    if gates_of(model):
+        raise ModelError("this model has sparse activations already; undo() the handle that it has first")
     found = structure(model) if found is None else found
     sites, notes = gated_sites(model, found, allow_uncovered)
     report = Report(slug, "infer", settings, notes=notes)

@@ -5,6 +5,7 @@ parameters, flags and forms and never at a name: a new entry is held to the cont
 """
 
 import contextlib
+import dataclasses
 import doctest
 import functools
 import importlib
@@ -430,6 +431,8 @@ def unchangeable(how: Form, on: Any) -> Any:
         return None
     if isinstance(on, tuple | list):
         return [unchangeable(how, part) for part in on]
+    if dataclasses.is_dataclass(on) and not isinstance(on, type):
+        return [unchangeable(how, getattr(on, field.name)) for field in dataclasses.fields(on)]
     return {name: unchangeable(how, part) for name, part in on.items()} if isinstance(on, dict) else on
 
 

@@ -5,6 +5,7 @@ given the image model, all others the language model; what is asked of the outco
 """
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ class Subject:
     """What a call is given, and what its outcome is measured on."""
 
     language: nn.Module
-    text: Calibration
+    text: Calibration | None
+    ids: Tensor
     vision: nn.Module
     images: Tensor
 
@@ -45,7 +47,7 @@ def tiny_vit(seed: int) -> nn.Module:
 def _subject(seed: int) -> Subject:
     draw = torch.Generator().manual_seed(seed)
     text = Calibration.from_tensors(inputs("llama", samples=4, length=16, seed=seed), batch=2)
-    return Subject(build("llama", seed), text, tiny_vit(seed), torch.randn(4, 3, 32, 32, generator=draw))
+    return Subject(build("llama", seed), text, text.inputs, tiny_vit(seed), torch.randn(4, 3, 32, 32, generator=draw))
 
 
 def _call(entry: Entry, subject: Subject, **settings: Any) -> Any:
@@ -57,10 +59,10 @@ def _call(entry: Entry, subject: Subject, **settings: Any) -> Any:
 def _outcome(result: Any, subject: Subject) -> dict[str, Tensor]:
     """Outputs of both models and all their weights, in the bits they have now."""
     with torch.no_grad():
-        prefill = subject.language(subject.text.inputs[:1, :8], use_cache=True)
-        step = subject.language(subject.text.inputs[:1, 8:9], past_key_values=prefill.past_key_values)
+        prefill = subject.language(subject.ids[:1, :8], use_cache=True)
+        step = subject.language(subject.ids[:1, 8:9], past_key_values=prefill.past_key_values)
         outputs = {
-            "logits": subject.language(subject.text.inputs).logits,
+            "logits": subject.language(subject.ids).logits,
             "decoded": step.logits,
             "classes": subject.vision(subject.images).logits,
         }
@@ -85,7 +87,7 @@ def _both_nan(subject: Subject) -> Subject:
 
 
 def _no_blocks(subject: Subject) -> Subject:
-    return Subject(nn.Identity(), subject.text, nn.Identity(), subject.images)
+    return Subject(nn.Identity(), subject.text, subject.ids, nn.Identity(), subject.images)
 
 
 def _used_twice(subject: Subject) -> Subject:
@@ -113,4 +115,5 @@ FORM = Form(
     },
     changes=True,
     undo=lambda result, subject: result.undo(),
+    without_text=lambda subject: dataclasses.replace(subject, text=None),
 )

@@ -36,7 +36,6 @@ FORM = Form(
         "one row": lambda subject: subject[:1],
         "no columns": lambda subject: subject[:, :0],
         "three dimensions": lambda subject: subject[None],
-        "text": lambda subject: "embeddings",
     },
     bad_settings={"eps": [-1.0, float("nan")], "route": ["qr"]},
 )
