@@ -49,6 +49,7 @@ def check_scorer(
         ...     '''Later blocks matter more.'''
         ...     found = structure(model)
         ...     return Scores("layer", {name: torch.tensor(float(i)) for i, name in enumerate(found.blocks)}, "depth", {}, structure=found)
+        >>> depth.__module__ = "my_package"
         >>> len(check_scorer(depth, control=True)) > 15
         True
     """

@@ -20,7 +20,7 @@ from whatmatters.testing.state import changes, state_of
 
 __all__ = ["FORM"]
 
-Subject = tuple[nn.Module, Calibration]
+Subject = tuple[nn.Module, Calibration | None]
 
 
 def subject(seed: int, family: str = "llama", other: bool = False) -> Subject:
