@@ -7,6 +7,7 @@ silent absence.
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
 from collections.abc import Callable
@@ -18,11 +19,14 @@ from whatmatters.core.errors import DataError, UnknownNameError, WhatMattersErro
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ROOMS = ("nn", "score", "quantize", "prune", "tune", "tokens", "infer", "decode", "select", "sae", "explain", "represent")
+ROOMS = ("nn", "score", "quantize", "prune", "tune", "infer", "select", "represent")
 """Rooms that hold catalog entries, lowest floor first."""
 
 UNITS = ("weight", "channel", "head", "layer", "token", "pair", "tile", "sample", "feature", "concept", "prototype", "component", "task",
          "path", "model", "cell")  # fmt: skip
+
+PLUGINS = "whatmatters"
+"""Group of entry points in which installed packages name modules with scorers and methods of their own."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 """Floating-point types an entry works in unless it says otherwise."""
@@ -171,9 +175,8 @@ def method(
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        if inspect.isclass(function):
-            wrapped = function
-        else:
+        wrapped: Any = function
+        if not inspect.isclass(function):
             wrapped = door(f"{job}.{function.__name__}")(with_data(function) if needs_text else function)
         _register(
             Entry(
@@ -226,6 +229,8 @@ def _discover() -> None:
         package = importlib.import_module(f"whatmatters.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"whatmatters.{room}.{module.name}")
+    for plugin in importlib.metadata.entry_points(group=PLUGINS):
+        plugin.load()  # an installed package that names itself here registers what it has by being imported
 
 
 def methods(job: str | None = None) -> list[Entry]:

@@ -49,6 +49,7 @@ def check_scorer(
         ...     '''Later blocks matter more.'''
         ...     found = structure(model)
         ...     return Scores("layer", {name: torch.tensor(float(i)) for i, name in enumerate(found.blocks)}, "depth", {}, structure=found)
+        >>> depth.__module__ = "my_package"
         >>> len(check_scorer(depth, control=True)) > 15
         True
     """
@@ -56,9 +57,8 @@ def check_scorer(
         raise InputError(f"when is {when!r}; expected 'ahead' or 'walk'")
     name = getattr(function, "__name__", type(function).__name__).replace("_", "-").strip("-").lower()
     wrapped = door(f"user.{name.replace('-', '_')}")(with_data(function) if needs_text else function)
-    entry = Entry(
-        name, wrapped, "scorer", "score", unit, when=when, needs_text=needs_text, needs_gradients=needs_gradients, control=control, form=when
-    )
+    flags: dict[str, Any] = {"needs_text": needs_text, "needs_gradients": needs_gradients, "control": control}
+    entry = Entry(name, wrapped, "scorer", "score", unit, when=when, form=when, **flags)
     return _all_hold(entry)
 
 

@@ -255,7 +255,8 @@ def _sampling(plan: Plan, scores: Scores | None) -> None:
 
 
 def _frozen(value: Scores | Plan) -> None:
-    for attempt in (lambda: setattr(value, "method", "other"), lambda: value.values.__setitem__("other", 1)):  # type: ignore[attr-defined]
+    frozen: Any = value.values
+    for attempt in (lambda: setattr(value, "method", "other"), lambda: frozen.__setitem__("other", 1)):
         try:
             attempt()
         except (TypeError, AttributeError):

@@ -122,11 +122,9 @@ def _tensor(value: Tensor, values: bool) -> tuple[Any, ...]:
 def random_state() -> State:
     """The global generators of torch (every device), numpy and Python."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002  (the global one is what is looked at)
-    state = {
-        "torch": torch.random.get_rng_state().numpy().tobytes(),
-        "numpy": (name, np.asarray(keys).tobytes(), *rest),
-        "python": random.getstate(),
-    }
+    state = {"torch": torch.random.get_rng_state().numpy().tobytes(), "numpy": (name, np.asarray(keys).tobytes(), *rest)}
+    if not type(getattr(__spec__, "loader", None)).__module__.startswith("jaxtyping"):
+        state["python"] = random.getstate()  # where annotations are checked at run time, beartype draws from it to look into containers
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = [part.cpu().numpy().tobytes() for part in torch.cuda.get_rng_state_all()]
     return state

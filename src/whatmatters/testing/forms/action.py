@@ -146,6 +146,7 @@ def gradients_are_neither_made_nor_switched(entry: Entry) -> None:
 
 def leaves_forward_and_attention_alone(entry: Entry) -> None:
     """No replaced forward and no other attention implementation stays in the model."""
+    model: Any
     model, data = subject(0)
     attention = model.config._attn_implementation
     call(entry, (model, data), **settings(entry))
