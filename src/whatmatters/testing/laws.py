@@ -1,3 +1,4 @@
+# ruff: noqa: PT018 (no pytest here: a check is a function that asserts)
 """Laws of Scores and of plans: what holds for all of them, whoever made them. Each raises AssertionError saying which law is broken."""
 
 import copy
@@ -6,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +175,7 @@ def _no_less_for_more(plan: Plan, scores: Scores, values: Mapping[str, int]) -> 
     if any(len(group) > 1 for group in plan.structure.groups()) and not all(name in plan.structure.blocks for name in stakes):
         return  # tied sites share the mean of their ranks, so single sites say nothing
     ordered = sorted(alone, key=lambda name: float(stakes[name]))
-    for less, more in zip(ordered, ordered[1:], strict=False):
+    for less, more in pairwise(ordered):
         if float(stakes[less]) < float(stakes[more]):
             assert values[groups[less][0]] <= values[groups[more][0]], f"{more} matters more than {less} and got fewer bits"
 
@@ -229,7 +231,7 @@ def _ratios(plan: Plan, scores: Scores | None) -> None:
     if scores is not None:
         lifted = {name: float(value) for name, value in scores.lift(structure).stakes().values.items()}
         ordered = sorted(lifted, key=lambda name: lifted[name])
-        for less, more in zip(ordered, ordered[1:], strict=False):
+        for less, more in pairwise(ordered):
             if lifted[less] < lifted[more]:
                 room = 1 / min(sizes[less], sizes[more])
                 assert float(plan.values[more]) <= float(plan.values[less]) + room, (

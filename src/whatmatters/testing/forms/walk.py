@@ -1,3 +1,4 @@
+# ruff: noqa: PT017, PT018 (no pytest here: a check is a function that asserts)
 """Scorers inside a walk: called with a block's tokens, they score each. Run here by `score_tokens`, as an action would."""
 
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from whatmatters.testing.state import changes, state_of
 
 __all__ = ["FORM"]
 
-Subject = tuple[nn.Module, Calibration]
+Subject = tuple[nn.Module, Calibration | None]
 
 
 def subject(seed: int, family: str = "llama", other: bool = False) -> Subject:
@@ -63,6 +64,7 @@ def scores_every_token_at_every_block(entry: Entry) -> None:
     assert scores.values.keys() == set(structure(good[0]).blocks), "score at every block"
     assert scores.unit == entry.unit == "token", f"the entry says unit {entry.unit!r}; scorers in a walk score tokens"
     assert scores.valid is not None
+    assert good[1] is not None
     assert all(torch.equal(mask, good[1].valid) for mask in scores.valid.values()), "the valid positions are not those of the data"
 
 
@@ -104,6 +106,7 @@ def answers_with_one_number_a_token(entry: Entry) -> None:
 def sequences_are_scored_alike(entry: Entry) -> None:
     """Micro-batches do not matter: each sequence has the same scores in batches of one and of three."""
     model, data = subject(0)
+    assert data is not None
     by_batch = [call(entry, (model, Calibration.from_tensors(data.inputs, data.valid, batch=size))) for size in (1, 3)]
     for name, value in by_batch[0].values.items():
         assert torch.allclose(value, by_batch[1].values[name], rtol=1e-4, atol=1e-5), f"the scores at {name} depend on the micro-batch"
