@@ -36,17 +36,24 @@ def main() -> None:
 
 
 def made() -> dict[Path, str]:
-    """Every page and figure as it should be."""
-    rsq, layers = evidence("rsq"), evidence("layerwise-quant")
-    tables = evidence("composability")
-    pages = {"rsq": rsq_page(rsq), "layerwise-quant": layers_page(layers), "composability": composability_page(tables)}
-    figures = {"rsq": rsq_figure(rsq), "layerwise-quant": layers_figure(layers), "composability": composability_figure(tables)}
-    result = {ROOT / "docs" / "assets" / f"{name}.svg": text for name, text in figures.items()}
-    result[ROOT / "docs" / "assets" / "composability.json"] = (ROOT / "evidence" / "composability.json").read_text(encoding="utf-8")
-    for name, text in pages.items():
+    """Every page and figure as it should be: three with tables of their own, the others with what all evidence has."""
+    records = {path.stem: evidence(path.stem) for path in sorted((ROOT / "evidence").glob("*.json"))}
+    own = {
+        "rsq": (rsq_page, rsq_figure), "layerwise-quant": (layers_page, layers_figure),
+        "composability": (composability_page, composability_figure),
+    }  # fmt: skip
+    result = {ROOT / "docs" / "assets" / "composability.json": (ROOT / "evidence" / "composability.json").read_text(encoding="utf-8")}
+    for name, record in records.items():
+        page, figure = own.get(name, (claims_page, claims_figure))
         path = ROOT / "docs" / "methods" / f"{name}.md"
-        page = path.read_text(encoding="utf-8")
-        result[path] = re.sub(f"{BEGIN}.*{END}", lambda _, text=text: f"{BEGIN}\n\n{text}\n{END}", page, flags=re.DOTALL)
+        if not path.is_file() and name not in own:
+            continue  # evidence of a method whose page is still to be written
+        text = page(record)
+        result[path] = re.sub(
+            f"{BEGIN}.*{END}", lambda _, text=text: f"{BEGIN}\n\n{text}\n{END}", path.read_text(encoding="utf-8"), flags=re.DOTALL
+        )
+        asset = "verdicts-" + name if name not in own else name
+        result[ROOT / "docs" / "assets" / f"{asset}.svg"] = figure(record)
     return result
 
 
@@ -160,6 +167,17 @@ def rsq_page(record: Mapping[str, Any]) -> str:
             [[setting, *(f"{percent(relative(row['to_rotate_gptq']))} ({spread([relative(v) for v in row['interval']])})" for row in rows)]
              for setting, rows in by_setting(other["rows"]).items()],
         ))  # fmt: skip
+    return "\n".join([*parts, origin(record)])
+
+
+def claims_page(record: Mapping[str, Any]) -> str:
+    """What all evidence has: the count of verdicts, and every claim by tier."""
+    parts = [counted(record)]
+    for tier in dict.fromkeys(claim["tier"] for claim in record["claims"]):
+        parts.append(f"### {tier.capitalize()}\n")
+        parts.append(verdicts([c for c in record["claims"] if c["tier"] == tier]))
+    if record.get("differs_from_paper"):
+        parts.append("What differs from the paper's setting:\n\n" + "\n".join(f"- {line}" for line in record["differs_from_paper"]) + "\n")
     return "\n".join([*parts, origin(record)])
 
 
@@ -281,6 +299,30 @@ def figure(paint: Callable[[Any], None], name: str, width: float, height: float,
     style = f"<style>:root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}text{{font-family:system-ui,sans-serif}}</style>"
     opened = inline.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" ', 1)
     return opened.replace(">", f">{style}", 1) + "\n"
+
+
+def claims_figure(record: Mapping[str, Any]) -> str:
+    """How many claims of each tier came out how."""
+    kinds = {"shown": ACCENT, "inconclusive": SOFT, "refuted": INK}
+    tiers = list(dict.fromkeys(claim["tier"] for claim in record["claims"]))
+    counts = {kind: [sum(c["tier"] == tier and c["verdict"] == kind for c in record["claims"]) for tier in tiers] for kind in kinds}
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        start = np.zeros(len(tiers))
+        for kind, colour in kinds.items():
+            axes.barh(range(len(tiers)), counts[kind], left=start, color=colour, label=kind, height=0.6)
+            start += np.array(counts[kind])
+        axes.set_yticks(range(len(tiers)), tiers)
+        axes.invert_yaxis()
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("claims")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.35 if len(tiers) < 3 else 1.2), ncols=3, frameon=False)
+
+    told = "; ".join(f"{tier}: " + ", ".join(f"{counts[kind][i]} {kind}" for kind in kinds) for i, tier in enumerate(tiers))
+    return figure(paint, f"verdicts-{record['slug']}", 560, 110 + 34 * len(tiers), f"Verdicts on the claims of {record['slug']}", told)
 
 
 ARMS = ("GPTQ", "RSQ", "RSQ, no rotation", "RSQ, permuted weights")

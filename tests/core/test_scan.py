@@ -23,7 +23,7 @@ from whatmatters.core.scan import Needs, Scan, needs, scan
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
 from whatmatters.quantize.rtn import rtn
-from whatmatters.testing.families import build
+from whatmatters.testing.families import build, causal
 
 GROUP = 16
 
@@ -81,7 +81,7 @@ def test_a_normal_site_has_the_numbers_of_the_normal_distribution() -> None:
     assert "2 is constant" in scan(model, levels=(4,)).notes
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", causal())
 @pytest.mark.parametrize("shard", [None, "20KB"])
 def test_streamed_equals_in_memory(family: str, shard: str | None, tmp_path: Path) -> None:
     path = saved(family, tmp_path, shard)
@@ -394,3 +394,17 @@ def test_plan_for_70b_on_the_meta_device() -> None:
         assert total == used
         assert used + unused == math.floor(3.5 * weights)
         assert 0 <= unused < step
+
+
+def test_a_head_under_an_old_name_is_found_and_nothing_else_is_guessed(tmp_path: Path) -> None:
+    """The checkpoint names its head otherwise than the model does; a second stranger of that shape makes it a guess, which is refused."""
+    file = saved("gpt-neox", tmp_path) / "model.safetensors"
+    result = scan(tmp_path, group_size=GROUP)
+    assert any("embed_out.weight of the file is taken for lm_head.weight" in note for note in result.notes)
+    assert {row["name"]: row["tied_to"] for row in result.outside}["lm_head.weight"] is None
+    tensors = load_file(file)
+    save_file(tensors | {"stranger.weight": tensors["embed_out.weight"].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"first lm_head\.weight"):
+        scan(tmp_path, group_size=GROUP)
+    save_file(tensors | {"stranger.weight": torch.ones(3, 5)}, file, metadata={"format": "pt"})
+    assert any("stranger.weight of the file is no parameter" in note for note in scan(tmp_path, group_size=GROUP).notes)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
-    GemmaConfig,
-    GemmaForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Qwen2Config,
@@ -22,9 +20,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from whatmatters.core import walk as walk_module
@@ -46,8 +47,12 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: Any, hidden: Tensor) -> Tensor:
         return self.weight * (hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon))
 
-    for norm in (LlamaRMSNorm, MixtralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+    def one_more(self: Any, hidden: Tensor) -> Tensor:
+        return (1 + self.weight) * (hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.eps))
+
+    for norm in (LlamaRMSNorm, MixtralRMSNorm, Phi3RMSNorm, Qwen2MoeRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
         monkeypatch.setattr(norm, "forward", forward)
+    monkeypatch.setattr(GemmaRMSNorm, "forward", one_more)
 
 
 def varied(model: nn.Module) -> nn.Module:
@@ -86,6 +91,9 @@ MODELS = {
     "qwen3": lambda: build("qwen3"),
     "qwen3, one head": one_head,
     "mixtral": lambda: build("mixtral"),
+    "qwen2-moe": lambda: build("qwen2-moe"),
+    "phi3, fused": lambda: build("phi3"),
+    "gemma, gains one more than their weight": lambda: build("gemma"),
 }
 
 
@@ -312,6 +320,35 @@ def test_tied_embeddings_become_two_and_reload(tmp_path: Path) -> None:
     assert (loaded(ids).logits - before).abs().max() < 1e-4 * before.abs().max()
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_equal_gains_are_read_right_whatever_the_norm_adds_to_its_weight(weight: float, tmp_path: Path) -> None:
+    """With a weight of equal numbers both readings, gain = weight and gain = 1 + weight, fit the norm's outputs up to a factor."""
+    for family, more in (("llama", 0.0), ("gemma", 1.0)):
+        if weight + more == 0:
+            continue
+        model, ids = build(family), inputs(family)
+        norms = [p for name, p in model.named_parameters() if p.dim() == 1]
+        with torch.no_grad():
+            for gain in norms:
+                gain.fill_(weight)
+        before = model(ids).logits
+        rotate(model)
+        assert (model(ids).logits - before).abs().max() < 1e-5 * before.abs().max()
+        assert all(torch.equal(gain, torch.full_like(gain, 1 - more)) for gain in norms)
+        save(model, None, tmp_path / f"{family}")
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}").eval()(ids).logits, model(ids).logits)
+
+
+def test_a_model_without_fused_attention_is_rotated_or_refused_in_our_words() -> None:
+    """Soft-capped attention has no fused function; its heads are left alone, and norms after the sublayers need gains that are all one."""
+    model, ids = build("gemma2"), inputs("gemma2")
+    before = model(ids).logits
+    assert any("no rotation within heads" in note for note in rotate(model).notes)
+    assert (model(ids).logits - before).abs().max() < 1e-5 * before.abs().max()
+    with pytest.raises(ModelError, match="other logits"):
+        rotate(varied(build("gemma2")))
+
+
 def test_online_rotations_are_refused_at_save(tmp_path: Path) -> None:
     model = build("llama")
     rotate(model, mode="online")
@@ -325,10 +362,7 @@ def test_online_rotations_are_refused_at_save(tmp_path: Path) -> None:
 
 OTHERS = {
     "layer norms": (lambda: build("gpt2"), r"transformer\.h\.0\.ln_1 \(LayerNorm\) is no RMS norm"),
-    "gain is one plus weight": (
-        lambda: GemmaForCausalLM(GemmaConfig(**SMALL, **SPECIAL, num_key_value_heads=2, head_dim=8)),
-        "input_layernorm .*is no RMS norm",
-    ),
+    "norms of attention and feed-forward outputs": (lambda: varied(build("gemma2")), "other logits"),
     "norms after sublayers": (lambda: Olmo2ForCausalLM(Olmo2Config(**SMALL, **SPECIAL, num_key_value_heads=2)), "other logits"),
     "no language model": (lambda: build("sequential"), "for causal language models"),
 }

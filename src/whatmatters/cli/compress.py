@@ -123,7 +123,7 @@ def quantize(
         model, output, text, judge, field, samples, length, seed, format, allow_uncovered, no_evaluate, trust_remote_code, dry_run, resume,
         overwrite,
     )  # fmt: skip
-    with Output(json) as out:
+    with Output(json, ranked=True) as out:
         entry = chosen_method("quantize", method, text)
         action = _Quantizing(entry, job, bits, average_bits, widths, layer_scores, how, count, given_settings())
         action.prepare(chosen, plan, group_size, asymmetric)
@@ -159,7 +159,7 @@ def prune(
         model, output, text, judge, field, samples, length, seed, format, allow_uncovered, no_evaluate, trust_remote_code, dry_run, resume,
         overwrite,
     )  # fmt: skip
-    with Output(json) as out:
+    with Output(json, ranked=True) as out:
         entry = chosen_method("prune", method, text, plan)
         action = _Pruning(entry, job, sparsity, settings)
         action.prepare(plan)

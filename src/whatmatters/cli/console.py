@@ -1,14 +1,18 @@
 """What a command says and where: results on stdout, everything else on stderr, so that `--json` can be piped."""
 
 import contextlib
+import io
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from whatmatters.core.errors import WhatMattersError
 
@@ -126,24 +130,58 @@ class ProgressBars:
         self.bars.stop()
 
 
+def launched_rank() -> int | None:
+    """The rank of this process where torchrun started several; torch is not imported to find out that it did not."""
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    from whatmatters.core.ranks import launched
+
+    found = launched()
+    return None if found is None else found[0]
+
+
+class Nowhere(io.TextIOBase):
+    """A stream that takes text and keeps none."""
+
+    def write(self, text: str) -> int:
+        """Take it."""
+        return len(text)
+
+
 class Output:
     """The output of one command. Used in a `with`: what libraries print meanwhile goes to stderr.
 
+    Where torchrun started several processes the first of them speaks. The others share its work if the command can be shared, and
+    otherwise end at once.
+
     Args:
         json: print one JSON document at the end, and nothing else on stdout.
+        ranked: the command shares its work among ranks.
     """
 
-    def __init__(self, json: bool) -> None:
+    def __init__(self, json: bool, *, ranked: bool = False) -> None:
         self.json = json
+        self.ranked = ranked
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Output":
-        self._stdout, self._stderr = sys.stdout, sys.stderr
-        self._stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        self._stdout: Any = sys.stdout
+        self._stderr: Any = sys.stderr
+        rank = launched_rank()
+        if rank and not self.ranked:
+            raise typer.Exit
+        if rank:
+            self._stdout = self._stderr = Nowhere()
+            self._stack.enter_context(contextlib.redirect_stderr(self._stderr))
+        self._stack.enter_context(contextlib.redirect_stdout(self._stderr))
+        if rank is not None and self.ranked:
+            from whatmatters.core.ranks import join
+
+            self._stack.enter_context(join())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, traceback)
 
     def progress(self) -> Callable[[str, int, int], None]:
         """Something to tell progress to: bars on a terminal, lines elsewhere; gone when the command ends."""

@@ -81,7 +81,9 @@ def load_subject(name: str, out: Output, *, trust_remote_code: bool = False, all
     from whatmatters.core.actions import check_sites
     from whatmatters.core.checkpoint import load
     from whatmatters.core.sites import structure
+    from whatmatters.core.walk import steady_memory
 
+    steady_memory()
     source = source_of(name)
     half = _stored_as(source) == "float16" and not torch.cuda.is_available()
     if half:

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from whatmatters.cli import catalog, compress, judge, look, options, plans
-from whatmatters.cli.console import LINE, Output, error_text
+from whatmatters.cli import catalog, compress, judge, look, options, plans, select
+from whatmatters.cli.console import LINE, Output, error_text, launched_rank
 from whatmatters.core.errors import WhatMattersError
 
 __all__ = ["app", "main"]
@@ -47,7 +47,8 @@ class Commands(TyperGroup):
     def _failed(ctx: Any, message: str, *, trace: bool = True) -> None:
         if trace and ctx.params.get("debug"):
             traceback.print_exc(file=sys.stderr)
-        print(message, file=sys.stderr)
+        if not launched_rank():  # the first rank is told what befell the others
+            print(message, file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -87,6 +88,7 @@ app.command("plan")(plans.plan)
 app.command("quantize", cls=compress.QuantizeCommand)(compress.quantize)
 app.command("prune", cls=compress.PruneCommand)(compress.prune)
 app.command("evaluate")(judge.evaluate)
+app.add_typer(select.app, name="select")
 
 
 @app.command("demo")

@@ -15,8 +15,9 @@ from typing import Any
 
 from whatmatters.cli.console import LINE, Output
 from whatmatters.cli.inputs import quiet_transformers
-from whatmatters.core.checkpoint import Saved, check_output, save
+from whatmatters.core.checkpoint import check_output, save
 from whatmatters.core.errors import FileError, ResumeError
+from whatmatters.core.ranks import Ranks, current
 from whatmatters.core.report import Report
 
 REPORT = "whatmatters.json"
@@ -27,7 +28,7 @@ PASSING = frozenset({"seconds", "peak_bytes"})
 
 
 class RunFolder:
-    """The run folder of one output. Used in a `with` around all that writes.
+    """The run folder of one output. Used in a `with` around all that writes. Where ranks share the work the first one writes.
 
     Args:
         out: where a stopped run says how it is continued.
@@ -41,10 +42,13 @@ class RunFolder:
 
     def __init__(self, out: Output, output: Path, *, resume: bool, overwrite: bool) -> None:
         self.out = out
-        self.output = check_output(output, overwrite or (resume and (output / REPORT).is_file()))
+        self.ranks = current() or Ranks(0, 1)
+        self.output = output
+        if self.ranks.first:
+            check_output(output, overwrite or (resume and (output / REPORT).is_file()))
         self.path = output.with_name(output.name + ".run")
         self.resume, self.overwrite = resume, overwrite
-        if self.path.exists() and not (resume or overwrite):
+        if self.ranks.first and self.path.exists() and not (resume or overwrite):
             raise FileError(f"{self.path} holds an unfinished run: continue it with --resume, or start over with --overwrite")
         self.began = self.path.exists()
 
@@ -54,6 +58,13 @@ class RunFolder:
         Raises:
             ResumeError: there is one of another request; the message names what changed.
         """
+        report = self._finished(request) if self.ranks.first else None
+        if self.ranks.size == 1:
+            return report
+        told, _ = self.ranks.broadcast(0, None if report is None else dataclasses.asdict(report))
+        return None if told is None else Report(**told)
+
+    def _finished(self, request: dict[str, Any]) -> Report | None:
         if not (self.resume and (self.output / REPORT).is_file()):
             return None
         report = Report.load(self.output / REPORT)
@@ -67,13 +78,13 @@ class RunFolder:
         raise ResumeError(f"{self.output} is finished and was made with other inputs ({', '.join(changed)}); give another output")
 
     def __enter__(self) -> "RunFolder":
-        if self.path.exists() and not self.resume:
+        if self.ranks.first and self.path.exists() and not self.resume:
             shutil.rmtree(self.path)
             self.began = False
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if error is None or not self.path.is_dir():
+        if error is None or not self.ranks.first or not self.path.is_dir():
             return
         blocks = len(list(self.path.glob("block-*.safetensors")))
         if blocks and not isinstance(error, ResumeError):
@@ -82,16 +93,21 @@ class RunFolder:
         elif not blocks and not self.began:
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def publish(self, model: Any, tokenizer: Any, report: Report, *, format: str) -> Saved:
-        """Write the checkpoint with its report, put it in place, and remove the run folder."""
+    def publish(self, model: Any, tokenizer: Any, report: Report, *, format: str) -> None:
+        """Write the checkpoint with its report, put it in place, and remove the run folder; it is there, for all ranks, afterwards."""
+        if self.ranks.first:
+            self._publish(model, tokenizer, report, format)
+        if self.ranks.size > 1:
+            self.ranks.gather(None)
+
+    def _publish(self, model: Any, tokenizer: Any, report: Report, format: str) -> None:
         staged = self.path / "checkpoint"
         self.path.mkdir(parents=True, exist_ok=True)
         with quiet_transformers():
-            saved = save(model, tokenizer, staged, format=format, overwrite=True)
+            save(model, tokenizer, staged, format=format, overwrite=True)
         lasting(report).save(staged / REPORT)
         self._place(staged)
         self.remove()
-        return dataclasses.replace(saved, path=self.output)
 
     def _place(self, staged: Path) -> None:
         if not os.path.lexists(self.output):
@@ -110,7 +126,8 @@ class RunFolder:
 
     def remove(self) -> None:
         """Remove what is no longer needed."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.ranks.first:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def lasting(report: Report) -> Report:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from whatmatters.core.errors import InputError, ModelError, NonFiniteError
+from whatmatters.core.offload import release
 from whatmatters.core.sites import Structure
 
 __all__ = ["check_names_fit", "check_sites"]
@@ -24,6 +25,7 @@ def check_sites(model: nn.Module, found: Structure, allow_uncovered: bool) -> li
     for site in found.sites:
         if not torch.isfinite(site.view(model)).all():
             raise NonFiniteError(f"{site.name} holds NaN or infinity; repair the checkpoint before quantizing or pruning it")
+        release()
     return [f"left as it is (no site covers it): {name}" for name in found.uncovered]
 
 

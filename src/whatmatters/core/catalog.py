@@ -4,6 +4,7 @@ A new method is one file in its job's room. Nothing else lists it: the rooms are
 silent absence.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -81,15 +82,21 @@ def _brief(value: object) -> str:
 def door(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Complete errors of ours once with the operation and its settings: inner code can raise short messages.
 
+    A model that accelerate has offloaded is given to the operation as an ordinary one.
+
     The class of the error is kept; nested doors add nothing.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
+        takes_model = "model" in signature.parameters
 
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
+                if takes_model:
+                    with _at_hand(args, kwargs):
+                        return function(*args, **kwargs)
                 return function(*args, **kwargs)
             except WhatMattersError as error:
                 if not getattr(error, "completed", False):
@@ -102,6 +109,16 @@ def door(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return wrapped
 
     return decorate
+
+
+def _at_hand(args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Weights of the model among the arguments at hand, also where accelerate has offloaded them."""
+    model: Any = kwargs.get("model", args[0] if args else None)
+    if not hasattr(model, "modules"):
+        return contextlib.nullcontext()
+    from whatmatters.core.offload import borrowed
+
+    return borrowed(model)
 
 
 def with_data(function: Callable[P, R]) -> Callable[P, R]:

@@ -578,7 +578,7 @@ def save(
     format: str = "auto",
     overwrite: bool = False,
 ) -> Saved:
-    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained(path)` loads without this library.
+    """Write a checkpoint that the model's stock loader, such as `AutoModelForCausalLM.from_pretrained(path)`, loads without this library.
 
     The folder appears as a whole or not at all. Tensors of a float32 model whose values fit 16 bits without loss are stored in 16 bits
     (config.json keeps float32, and so does the loaded model).

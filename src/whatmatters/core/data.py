@@ -309,8 +309,10 @@ def call_model(model: nn.Module, inputs: Tensor, valid: Tensor | None = None) ->
         inputs: (samples, length) token ids, or floats (samples, ...).
         valid: (samples, length), False at padding.
     """
-    device = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), inputs.device)
-    inputs = inputs.to(device)
+    tensors: Iterator[Tensor] = itertools.chain(model.parameters(), model.buffers())
+    if hasattr(model, "_hf_hook"):  # accelerate brings inputs and offloaded weights, on the meta device till then, together
+        tensors = (tensor for tensor in tensors if not tensor.is_meta)
+    inputs = inputs.to(next((tensor.device for tensor in tensors), inputs.device))
     accepted = inspect.signature(model.forward).parameters
     if "input_ids" not in accepted:
         return model(inputs)
@@ -318,7 +320,7 @@ def call_model(model: nn.Module, inputs: Tensor, valid: Tensor | None = None) ->
     if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         settings["use_cache"] = False
     if valid is not None and not bool(valid.all()):
-        settings["attention_mask"] = valid.to(device=device, dtype=torch.int64)
+        settings["attention_mask"] = valid.to(device=inputs.device, dtype=torch.int64)
     return model(input_ids=inputs, **settings)
 
 
@@ -326,13 +328,16 @@ def logits(model: nn.Module, inputs: Tensor, valid: Tensor | None = None) -> Flo
     """Logits of a causal language model on one micro-batch, from the Hugging Face output object or a plain tensor.
 
     Raises:
-        ModelError: the model gives no (samples, length, vocabulary) logits.
+        ModelError: the model gives no (samples, length, vocabulary) logits, or they are not of the next token: a model says by
+            `can_generate` that it fills in what is masked.
     """
     output = call_model(model, inputs, valid)
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.dim() != 3 or output.shape[:2] != inputs.shape or not output.is_floating_point():
         shown = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ModelError(f"{type(model).__name__} gives {shown}; expected logits (samples, length, vocabulary) of a causal language model")
+    if not getattr(model, "can_generate", lambda: True)():
+        raise ModelError(f"{type(model).__name__} does not predict the next token; expected a causal language model")
     return output
 
 

@@ -51,3 +51,7 @@ class UnknownNameError(WhatMattersError, LookupError):
 
 class MissingExtraError(WhatMattersError, ImportError):
     """An optional dependency is missing; the message names the extra to install."""
+
+
+class RankError(WhatMattersError, RuntimeError):
+    """Another rank failed, is gone, or computes something else; the message names it."""

@@ -23,6 +23,7 @@ from jaxtyping import BFloat16, Float, Float16, Int8
 from torch import Tensor, nn
 
 from whatmatters.core.errors import FormatError, InputError, NonFiniteError
+from whatmatters.core.sites import is_stack
 
 __all__ = [
     "WIDTHS",
@@ -305,7 +306,7 @@ def check_compressible(model: nn.Module, kinds: Mapping[str, tuple[int, int, boo
         for name, module in model.named_modules()
         if not isinstance(module, nn.modules.conv._ConvNd)
         for kind, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
+        if is_stack(parameter)
     ]
     if planned and stacked:
         raise FormatError(

@@ -293,6 +293,7 @@ class _Reading:
         self.outside: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.bytes = 0
+        self.strays: list[dict[str, Any]] = []
         self.unmatched: list[dict[str, Any]] = []
         self.measured: dict[str, dict[str, Any]] = {}
         self.parts: dict[str, list[Tensor]] = {}
@@ -334,8 +335,7 @@ class _Reading:
             row = {"site": key, "block": "", "shape": list(tensor.shape), "weights": tensor.numel(), "tie": None, "matched": False}
             self.unmatched.append(row | self._measure(key, [tensor], tensor.dtype))
         else:
-            self.outside.append({"name": key, "shape": list(tensor.shape), "bytes": tensor.nbytes, "tied_to": None})
-            self.notes.append(f"{key} of the file is no parameter of the model")
+            self.strays.append({"name": key, "shape": list(tensor.shape), "bytes": tensor.nbytes, "tied_to": None})
 
     def _alone(self, key: str, tensor: Tensor) -> bool:
         """Whether an unknown tensor is a weight of some block that can be measured for itself."""
@@ -403,10 +403,29 @@ class _Reading:
         """Rows of the sites in their order, then those of tensors without one."""
         return [self.measured[site.name] for site in self.found.sites if site.name in self.measured] + self.unmatched
 
+    def _unseen(self) -> list[str]:
+        """Parameters outside all sites that are not in the file, nor tied to one that is."""
+        seen = {id(self.parameters[key]) for key in self.seen if key in self.parameters}
+        return [key for key, p in self.parameters.items() if key not in self.sites and id(p) not in seen]
+
+    def _place(self, stray: dict[str, Any], unseen: list[str]) -> None:
+        """Give a tensor of the file its parameter, if it alone has the shape of the only one that is missing (a head under an old name)."""
+        fitting = [key for key in unseen if list(self.parameters[key].shape) == stray["shape"]]
+        alike = [other for other in self.strays if other["shape"] == stray["shape"]]
+        if len(fitting) == len(alike) == 1:
+            self.seen.add(fitting[0])
+            self.notes.append(f"{stray['name']} of the file is taken for {fitting[0]}, the only parameter of its shape that the file lacks")
+            self.outside.append(stray | {"name": fitting[0]})
+        else:
+            self.notes.append(f"{stray['name']} of the file is no parameter of the model")
+            self.outside.append(stray)
+
     def finish(self, name: str) -> None:
         """Raise if weights are missing that no unknown tensor can stand for; note what was not matched."""
-        seen = {id(self.parameters[key]) for key in self.seen if key in self.parameters}
-        unseen = [key for key, p in self.parameters.items() if key not in self.sites and key not in self.seen and id(p) not in seen]
+        unseen = self._unseen()
+        for stray in self.strays:
+            self._place(stray, unseen)
+        unseen = self._unseen()
         # Only experts, which lie in the file one by one, may be among the tensors that were not recognized.
         slices = {site.name for site in self.found.sites if site.index is not None} if self.unmatched else set()
         lacking = [site for site in self.missing() if site not in slices] + ([] if self.unmatched else unseen)

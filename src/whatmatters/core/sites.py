@@ -5,6 +5,7 @@ repeated modules a calibration walk goes through. Tied sites read the same input
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from whatmatters.core.errors import FormatError, ModelError, WhatMattersError
+from whatmatters.core.offload import borrowed
 from whatmatters.core.records import check_name
 
 
@@ -188,6 +190,11 @@ def _is_conv1d(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() == 2 and getattr(module, "nf", None) == weight.shape[1]
 
 
+def is_stack(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is several matrices in one, as transformers keeps the experts of a mixture; (1, n, d) is a table, not a stack."""
+    return parameter.dim() == 3 and len(parameter) > 1 and parameter.is_floating_point()
+
+
 def _sites_in(block: nn.Module, name: str) -> Iterable[Site]:
     for path, module in block.named_modules(prefix=name):
         weight = getattr(module, "weight", None)
@@ -198,7 +205,7 @@ def _sites_in(block: nn.Module, name: str) -> Iterable[Site]:
         elif not isinstance(module, nn.modules.conv._ConvNd):
             transposed = bool(getattr(module, "is_transposed", False))
             for key, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and parameter.is_floating_point():
+                if is_stack(parameter):
                     rows, columns = parameter.shape[1:]
                     shape = (columns, rows) if transposed else (rows, columns)
                     for index in range(parameter.shape[0]):
@@ -214,7 +221,8 @@ def structure(model: nn.Module, example: Tensor | None = None) -> Structure:
 
     Args:
         model: any module whose blocks can be found. A transformers model makes its own example of two tokens.
-        example: input for other modules, shape as the model takes it; without it only slices of one parameter are tied.
+        example: input for other modules, shape as the model takes it; without it only slices of one parameter are tied. A transformers
+            model that takes images gets one of its own size; one that takes neither tokens nor images needs an example too.
 
     Returns:
         The structure; sites in the order of the parameters.
@@ -227,6 +235,11 @@ def structure(model: nn.Module, example: Tensor | None = None) -> Structure:
         >>> [site.name for site in structure(model).sites]
         ['0', '2']
     """
+    with borrowed(model):
+        return _structure(model, example)
+
+
+def _structure(model: nn.Module, example: Tensor | None) -> Structure:
     blocks = find_blocks(model)
     sites: list[Site] = []
     uncovered: list[str] = []
@@ -262,9 +275,7 @@ def _ties(model: nn.Module, sites: list[Site], example: Tensor | None) -> tuple[
         if site.index is not None:
             by_parameter.setdefault(site.parameter, []).append(site.name)
     device = next(model.parameters()).device
-    is_transformers = hasattr(model, "config") and hasattr(model, "base_model_prefix")
-    if example is None and is_transformers:
-        example = torch.zeros((1, 2), dtype=torch.long, device=device)
+    example = _example(model, device) if example is None else example
     if example is not None:
         alive: list[object] = []  # keeps the tensors, so that ids stay theirs
 
@@ -284,7 +295,7 @@ def _ties(model: nn.Module, sites: list[Site], example: Tensor | None) -> tuple[
             if padding is not None:
                 config.pad_token_id = None  # a warning about padding would read the ids, which meta tensors do not have
             with torch.no_grad(), replaced_forward(owners, lambda hidden, *args, **kwargs: hidden):
-                model(example, use_cache=True) if is_transformers else model(example)
+                model(example, use_cache=True) if "use_cache" in inspect.signature(model.forward).parameters else model(example)
         finally:
             if padding is not None:
                 config.pad_token_id = padding
@@ -293,6 +304,21 @@ def _ties(model: nn.Module, sites: list[Site], example: Tensor | None) -> tuple[
     groups = [tuple(dict.fromkeys(group)) for group in [*by_input.values(), *by_parameter.values()]]
     order = {site.name: i for i, site in enumerate(sites)}
     return tuple(sorted((g for g in groups if len(g) > 1), key=lambda g: order[g[0]]))
+
+
+def _example(model: nn.Module, device: torch.device) -> Tensor | None:
+    """The smallest input that a transformers model says it takes: two tokens or one image; None if it does not say."""
+    takes = getattr(model, "main_input_name", None)
+    config = getattr(model, "config", None)
+    if takes == "input_ids":
+        return torch.zeros((1, 2), dtype=torch.long, device=device)
+    channels, size = getattr(config, "num_channels", None), getattr(config, "image_size", None)
+    if takes != "pixel_values" or not isinstance(channels, int) or size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.zeros(
+        (1, channels, height, width), dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()), device=device
+    )
 
 
 @contextlib.contextmanager

@@ -10,12 +10,13 @@ import contextlib
 import copy
 import ctypes
 import hashlib
+import inspect
 import json
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from whatmatters.core import offload, ranks
 from whatmatters.core.capture import settings_of
 from whatmatters.core.checkpoint import atomic_file
 from whatmatters.core.data import Calibration, call_model, check_fits
-from whatmatters.core.errors import FileError, ModelError, NonFiniteError, ResumeError
+from whatmatters.core.errors import FileError, InputError, ModelError, NonFiniteError, ResumeError
 from whatmatters.core.progress import Progress
+from whatmatters.core.ranks import Take
 from whatmatters.core.sites import Site, Structure, replaced_forward
 
-__all__ = ["Batch", "Block", "WalkResult", "walk"]
+__all__ = ["Batch", "Block", "WalkResult", "give_memory_back", "steady_memory", "walk"]
 
 SPILL_BYTES = 2 << 30
 """Block inputs are kept in memory up to this size, on disk beyond it."""
@@ -49,13 +52,15 @@ class Batch:
 
     Attributes:
         index: position of the micro-batch.
+        first: position of its first sample.
         hidden: input of the block, (samples, ...).
         ids: the calibration inputs it came from, (samples, ...).
         valid: False at padding, (samples, length), or None.
-        arguments: keyword arguments of the block (masks, position embeddings).
+        arguments: the block's other arguments (masks, position embeddings), by name.
     """
 
     index: int
+    first: int
     hidden: Tensor
     ids: Tensor
     valid: Tensor | None
@@ -92,10 +97,54 @@ class Block:
         return parameter.T if site.transposed else parameter
 
     def batches(self) -> Iterator[Batch]:
-        """The micro-batches, in order; raises ModelError in a walk without data."""
+        """The micro-batches, in order; raises ModelError in a walk without data.
+
+        Where ranks share the work every rank is given them all, those of the others through its group: right, and no faster than one
+        process. What can be done by one rank for all belongs into `each`.
+        """
+        yield from self._given.batches(self.index)
+
+    def own_batches(self) -> Iterator[Batch]:
+        """The micro-batches whose inputs this rank holds, in order: all of them in a process that works alone."""
+        return (self._given.batch(index, self.index) for index in self._given.own)
+
+    def each(self, work: Callable[[Batch], tuple[Any, list[Tensor]]], take: Take) -> None:
+        """Do `work` on every micro-batch, on this rank or another, and `take` what it gives, in order, on every rank.
+
+        Args:
+            work: gives something JSON-able, and tensors.
+            take: is given that and an iterator of the tensors, which are on the CPU if another rank sent them.
+        """
+        given = self._given
+        if given.ranks is not None:
+            given.ranks.in_order(len(given.ids), lambda index: work(given.batch(index, self.index)), take)
+            return
+        for batch in self.own_batches():
+            note, tensors = work(batch)
+            take(note, iter(tensors))
+
+    @property
+    def shared(self) -> bool:
+        """Whether other ranks work on this block too."""
+        return self._given.ranks is not None
+
+    def place(self, batch: Batch, count: int) -> int:
+        """Where a micro-batch stands in a list of `count`: of all micro-batches, or of this rank's own.
+
+        Raises:
+            InputError: it is neither.
+        """
+        if count == len(self._given.ids):
+            return batch.index
+        if count == len(self._given.own):
+            return self._given.own.index(batch.index)
+        raise InputError(f"a list of {count} for {len(self._given.ids)} micro-batches; expected one entry for each")
+
+    @property
+    def _given(self) -> "_Inputs":
         if self._inputs is None:
             raise ModelError("this walk has no calibration data; pass some")
-        yield from self._inputs.batches(self.index)
+        return self._inputs
 
     def run(self, batch: Batch) -> Tensor:
         """Output of the block, as it is now, on a micro-batch; a block that writes into its input writes into a copy."""
@@ -149,8 +198,13 @@ class _Inputs:
         spill_bytes: int,
         start: Callable[[Tensor], Tensor],
     ) -> None:
+        self.ranks = ranks.current()
+        device = offload.execution_device()
         self.ids = [inputs for inputs, _ in calibration.batches()]
         self.valid = [valid for _, valid in calibration.batches()]
+        rank, size = (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.size)
+        self.own = range(rank, len(self.ids), size)
+        self.first = [index * calibration.batch for index in range(len(self.ids))]
         self.store: _Store | None = None
         self.arguments: list[list[dict[str, Any]]] = []  # by micro-batch, by block; equal ones are one object
         blocks = [model.get_submodule(name) for name in structure.blocks]
@@ -158,13 +212,14 @@ class _Inputs:
             self._check_chain(model, blocks, self.ids[0][:1], None if self.valid[0] is None else self.valid[0][:1])
         for index, (ids, valid) in enumerate(zip(self.ids, self.valid, strict=True)):
             hidden, arguments = self._enter(model, blocks, ids, valid)
-            hidden = start(hidden)
-            if self.store is None:
-                samples = sum(len(i) for i in self.ids)
-                self.store = _Store(folder, spill_bytes, hidden.nbytes // len(ids) * samples)
-            self.store[index] = hidden
-            self.arguments.append(self._shared(arguments))
-        _give_memory_back()
+            if index in self.own:
+                hidden = _moved(start(hidden), device)
+                if self.store is None:
+                    samples = sum(len(self.ids[i]) for i in self.own)
+                    self.store = _Store(folder, spill_bytes, hidden.nbytes // len(ids) * samples)
+                self.store[index] = hidden
+            self.arguments.append(self._shared(_moved(arguments, device)))
+        give_memory_back()
 
     def _check_chain(self, model: nn.Module, blocks: list[nn.Module], ids: Tensor, valid: Tensor | None) -> None:
         """One real run of one sample: every block must be given exactly what the block before it returned, once."""
@@ -175,7 +230,7 @@ class _Inputs:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal calls, chained
-            given = args[0] if args else kwargs["hidden_states"]
+            given = _named(module, args, kwargs)[0]
             self.tuples = not isinstance(output, Tensor)
             chained &= module is blocks[min(calls, len(blocks) - 1)] and all(given is one or torch.equal(given, one) for one in last)
             calls += 1
@@ -199,9 +254,9 @@ class _Inputs:
         arguments: list[dict[str, Any]] = []
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs.pop("hidden_states")
+            hidden, others = _named(blocks[len(arguments)], args, kwargs)
             first.append(hidden)
-            arguments.append(kwargs)
+            arguments.append(others)
             if len(arguments) == len(blocks):
                 raise _Stop
             return (hidden,) if self.tuples else hidden
@@ -218,21 +273,54 @@ class _Inputs:
             result.append(same)
         return result
 
+    def batch(self, index: int, block: int, hidden: Tensor | None = None) -> Batch:
+        """A micro-batch of this rank's own, or of another with the inputs that it sent."""
+        if hidden is None:
+            assert self.store is not None  # this rank has micro-batches: the constructor stored them
+            hidden = self.store[index]
+        return Batch(index, self.first[index], hidden, self.ids[index], self.valid[index], self.arguments[index][block])
+
     def batches(self, block: int) -> Iterator[Batch]:
-        assert self.store is not None  # set by the constructor: calibration data is never empty
-        for index, (ids, valid) in enumerate(zip(self.ids, self.valid, strict=True)):
-            yield Batch(index, self.store[index], ids, valid, self.arguments[index][block])
+        for index in range(len(self.ids)):
+            if self.ranks is None:
+                yield self.batch(index, block)
+            else:
+                own = [self.batch(index, block).hidden] if index in self.own else []
+                _, [hidden] = self.ranks.broadcast(index % self.ranks.size, str(own[0].device) if own else None, own)
+                yield self.batch(index, block, own[0] if own else hidden)
 
     def advance(self, block: Block) -> None:
         """Replace every input by the block's output: the inputs of the next block."""
-        assert self.store is not None
-        for batch in self.batches(block.index):
+        for batch in block.own_batches():
+            assert self.store is not None
             output = block.run(batch)
             if not torch.isfinite(output).all():
                 raise NonFiniteError(
                     f"{block.name} gives NaN or infinity on micro-batch {batch.index}; check the model's dtype and the data"
                 )
             self.store[batch.index] = output
+
+
+def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """What a block was called with: its input, which is the first that its class's `forward` takes, and all other arguments by name.
+
+    Raises:
+        ModelError: arguments without a name.
+    """
+    names = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    if len(args) > len(names) or any(p.kind is p.VAR_POSITIONAL for p in names[: len(args)]):
+        raise ModelError(f"{type(block).__name__} is called with {len(args)} arguments that its forward does not name; expected named ones")
+    others = {p.name: value for p, value in zip(names, args, strict=False)} | kwargs
+    return others.pop(names[0].name), others
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    """A value with its tensors, wherever they are inside tuples, lists and mappings, on a device; as it is for None."""
+    if device is None or isinstance(value, Tensor):
+        return value if device is None else value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if type(value) in (tuple, list) else value
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -247,10 +335,15 @@ def _equal(a: Any, b: Any) -> bool:
 
 def digest_of(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, one tensor at a time."""
+    return _digest(model.state_dict())
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        offload.release()
     return digest.hexdigest()
 
 
@@ -372,12 +465,19 @@ def walk(
     if calibration is not None:
         check_fits(model, calibration)
     with contextlib.ExitStack() as stack:
+        group = ranks.current()
+        if group is not None:
+            stack.enter_context(group.together())
+        identity = _fingerprint(model, calibration, settings) if run_dir is not None or group is not None else None
+        if group is not None:
+            group.agree("the ranks of a walk", identity or {})
+            run_dir = run_dir if group.first else None  # one rank writes; the others are told what it reads
         folder = Path(run_dir) if run_dir is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="whatmatters-")))
         training = {m: m.training for m in model.modules()}
         stack.callback(_set_modes, training)
         stack.enter_context(torch.no_grad())
         model.eval()
-        run = _Run(folder, _fingerprint(model, calibration, settings), resume) if run_dir is not None else None
+        run = _Run(folder, identity, resume) if run_dir is not None else None
         scratch = _Run(folder, None, True) if run is None else run
         spill = folder / "inputs"
         stack.callback(shutil.rmtree, spill, ignore_errors=True)
@@ -391,43 +491,81 @@ def walk(
         for index, name in enumerate(structure.blocks):
             original = model.get_submodule(name)
             sites = structure.in_block(name)
-            block = Block(index, name, copy.deepcopy(original), sites, _inputs=inputs)
+            device = offload.execution_device()
+            own = copy.deepcopy(original)
+            block = Block(index, name, own if device is None else own.to(device), sites, _inputs=inputs)
             if prepare is not None:
                 prepare(name, block.module)
             with settings_of(block.module, _experts_implementation="eager"):
-                if run is not None and run.path(index).exists():
-                    changed, row, spent = run.read(index)
+                finished = run.read(index) if run is not None and run.path(index).exists() else None
+                if group is not None:
+                    finished = _told(group, finished)
+                if finished is not None:
+                    changed, row, spent = finished
                     _load_into(block, changed)
+                    if run is None:
+                        scratch.write(index, changed, row, spent)
                 else:
                     before = time.perf_counter()
                     row = visit(block) if sites else {}
                     spent = time.perf_counter() - before
                     changed = _changes(block, original)
+                    if group is not None:
+                        group.agree(f"{name} after its visit", {"weights": _digest(changed)})
                     if commit or run is not None:
                         scratch.write(index, changed, row, spent)
                 extras |= {key.removeprefix(EXTRA): value for key, value in changed.items() if key.startswith(EXTRA)}
                 del changed
-                _give_memory_back()
+                give_memory_back()
                 if sites:
                     rows.append(row)
                     seconds.append(spent)
                 if inputs is not None and index + 1 < total:
                     inputs.advance(block)
-            del block
-            _give_memory_back()
+            del block, own
+            give_memory_back()
             if progress is not None:
                 progress(label, index + 1, total)
         del inputs
+        agreed = (lambda: None) if group is None else (lambda: group.gather(None))
+        agreed()
         if commit:
-            _commit(model, scratch, total, outside)
+            _commit(model, scratch, total, outside, agreed)
         return WalkResult(rows, extras, seconds)
 
 
-def _give_memory_back() -> None:
+def _told(group: ranks.Ranks, finished: tuple[dict[str, Tensor], dict[str, Any], float] | None) -> Any:
+    """A finished block as the first rank, which has the run folder, read it; None if it is still to be visited."""
+    changed, row, spent = finished or ({}, {}, 0.0)
+    note, tensors = group.broadcast(0, None if finished is None else [list(changed), row, spent], list(changed.values()))
+    return None if note is None else (dict(zip(note[0], tensors, strict=True)), *note[1:])
+
+
+def give_memory_back() -> None:
     """Return freed memory to the system where the C library can: its allocator would keep it, and the peak grow with every block."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    offload.release()
+    trim = _libc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def steady_memory() -> None:
+    """For programs, not libraries: have glibc give every tensor of 4 MB or more back to the system as soon as it is freed.
+
+    It does so from 32 MB on in any case; below, it keeps pieces, and peaks vary by tens of MB from run to run. Takes about 5 % more time on
+    models whose tensors are that small. Holds for the whole process and cannot be undone.
+    """
+    mallopt = _libc("mallopt")
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 4 << 20)
+
+
+M_MMAP_THRESHOLD = -3
+"""glibc's malloc.h."""
+
+
+def _libc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _set_modes(training: dict[nn.Module, bool]) -> None:
@@ -438,7 +576,7 @@ def _set_modes(training: dict[nn.Module, bool]) -> None:
 def _changes(block: Block, original: nn.Module) -> dict[str, Tensor]:
     before = original.state_dict()
     after = block.module.state_dict()
-    changed = {f"{block.name}.{key}": value for key, value in after.items() if not torch.equal(value, before[key])}
+    changed = {f"{block.name}.{key}": value for key, value in after.items() if not torch.equal(value, before[key].to(value.device))}
     for name, value in changed.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise NonFiniteError(f"{name} became NaN or infinity; nothing was changed")
@@ -457,8 +595,13 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), key
 
 
-def _commit(model: nn.Module, run: _Run, blocks: int, outside: Callable[[], Iterator[tuple[str, Tensor]]] | None) -> None:
-    """Copy all finished tensors into the model. What is overwritten is first written to disk, and put back if anything raises."""
+def _commit(
+    model: nn.Module, run: _Run, blocks: int, outside: Callable[[], Iterator[tuple[str, Tensor]]] | None, agreed: Callable[[], object]
+) -> None:
+    """Copy all finished tensors into the model. What is overwritten is first written to disk, and put back if anything raises.
+
+    `agreed` is called when all is copied: it raises if another rank could not.
+    """
     journal: list[Path] = []
     untied: list[tuple[nn.Module, str, nn.Parameter]] = []
     config = getattr(model, "config", None)
@@ -489,6 +632,8 @@ def _commit(model: nn.Module, run: _Run, blocks: int, outside: Callable[[], Iter
             journal.append(path)
             for name, value in tensors.items():
                 target(name).copy_(value)
+            offload.release()
+        agreed()
     except BaseException:
         for path in journal:
             with safe_open(path, framework="pt") as file:

@@ -22,6 +22,8 @@ BLOCK = 128
 """Columns whose correction by all earlier blocks is one matrix product."""
 SUB_BLOCK = 16
 """Columns inside a block that are corrected one by one."""
+PIECE = 1 << 20
+"""Elements that are moved at a time."""
 ATTEMPTS = 49
 """How often the damping is added before the matrix is given up."""
 
@@ -36,16 +38,32 @@ def feedback_factor(hessian: Float64[Tensor, "d d"], damping: float) -> Float64[
     if not torch.isfinite(diagonal).all():
         raise NonFiniteError("the Hessian holds NaN or infinity; check the calibration inputs")
     step = damping * diagonal.mean().item()
+    damped = torch.empty_like(hessian, memory_format=torch.contiguous_format)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for attempt in range(1, ATTEMPTS + 1):
-        damped = hessian.flip(0, 1)  # a new copy each time, so that no third matrix is held
+        damped.copy_(hessian)
         damped.diagonal().add_(attempt * step)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
+        # H reversed, factorized and reversed again gives the upper factor. All of it in place: one copy of H is all that is held.
+        _reverse(damped)
+        lower = damped.mT
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed.item():
-            return lower.flip(0, 1)
+            _reverse(damped)
+            return damped.mT
     raise NonFiniteError(
         f"the Hessian is not positive definite even with {ATTEMPTS * damping:g} of its mean diagonal added; raise the damping"
     )
+
+
+def _reverse(matrix: Float64[Tensor, "d d"]) -> None:
+    """Reverse rows and columns in place, a piece at a time: of a contiguous matrix this is its elements in reverse order."""
+    flat = matrix.view(-1)
+    for start in range(0, len(flat) // 2, PIECE):
+        stop = min(start + PIECE, len(flat) // 2)
+        first, last = flat[start:stop], flat[len(flat) - stop : len(flat) - start]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)
 
 
 def round_with_feedback_reference(
@@ -99,7 +117,7 @@ def round_with_feedback(
     columns = weight.shape[1]
     original = weight.float().T.contiguous()
     diagonal = factor.diagonal()
-    feedback = factor.float().div_(diagonal)
+    feedback = factor.float().div_(diagonal.float())  # a float64 divisor would make float64 copies of the whole
     squares = diagonal.double().square().tolist()
     deltas = torch.empty_like(original)
     codes = torch.empty(original.shape, dtype=torch.int8, device=weight.device)

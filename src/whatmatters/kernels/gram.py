@@ -1,9 +1,11 @@
 """Weighted Gram matrices of calibration inputs: the Hessian of a layer's reconstruction loss, accumulated micro-batch by micro-batch."""
 
-from jaxtyping import Float, Float64
+from collections.abc import Iterable, Iterator
+
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-__all__ = ["accumulate_gram", "accumulate_gram_reference", "mirror"]
+__all__ = ["accumulate_gram", "accumulate_gram_reference", "add_tiles", "gram_tiles", "mirror"]
 
 TILE = 1024
 """Rows of the result computed at a time: bounds the temporary product and skips the half above the diagonal."""
@@ -30,13 +32,27 @@ def accumulate_gram(
         inputs: one micro-batch of inputs.
         weights: non-negative weights of its tokens; None: all one.
     """
+    add_tiles(total, gram_tiles(inputs, weights))
+
+
+def gram_tiles(inputs: Float[Tensor, "tokens d"], weights: Float[Tensor, "tokens"] | None = None) -> Iterator[Float32[Tensor, "rows _"]]:
+    """The product that `accumulate_gram` adds, as the tiles on and below the diagonal: rows by rows, up to where the diagonal ends."""
     x = inputs.float()
     if weights is not None:
         x = x * weights.float().sqrt()[:, None]
-    size = total.shape[0]
+    size = x.shape[1]
     for start in range(0, size, TILE):
         stop = min(start + TILE, size)
-        total[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+        yield x[:, start:stop].T @ x[:, :stop]
+
+
+def add_tiles(total: Float64[Tensor, "d d"], tiles: Iterable[Float32[Tensor, "rows _"]]) -> None:
+    """Add what `gram_tiles` gives to `total`, in place."""
+    start = 0
+    for tile in tiles:
+        stop = start + len(tile)
+        total[start:stop, :stop] += tile.to(total.device)
+        start = stop
 
 
 def mirror(total: Float64[Tensor, "d d"]) -> None:

@@ -208,6 +208,7 @@ class Layout:
         embedding: name of the embedding's weight.
         norm: name of the final norm.
         head: name of the output head.
+        offsets: what each norm adds to its weight to make its gain, by name of the norm.
     """
 
     size: int
@@ -215,6 +216,15 @@ class Layout:
     embedding: str
     norm: str
     head: str
+    offsets: dict[str, float]
+
+    def gain(self, norm: str, module: nn.Module) -> Float64[Tensor, " d"]:
+        """What a norm multiplies each channel by."""
+        return next(module.parameters()).detach().double() + self.offsets[norm]
+
+    def without_gain(self, norm: str, module: nn.Module) -> Float[Tensor, " d"]:
+        """The weight that makes a norm's gain one."""
+        return torch.full_like(next(module.parameters()).detach(), 1.0 - self.offsets[norm])
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,14 +339,15 @@ def find_layout(model: nn.Module, found: Structure) -> Layout:
     finally:
         for handle in handles:
             handle.remove()
-    blocks = {name: _matrices(name, watch.seen.get(name, _Seen()), size, model) for name in found.blocks}
+    offsets: dict[str, float] = {}
+    blocks = {name: _matrices(name, watch.seen.get(name, _Seen()), size, offsets) for name in found.blocks}
     ends = last[0].detach().reshape(-1, size) if last and last[0].shape[-1] == size else torch.empty(0, size)
     heads = [use for use in watch.seen[""].uses if use.outputs.shape[-1] == head.out_features and use.inputs.shape[-1] == size]
     final = [n for n in watch.seen[""].norms if torch.equal(n.inputs, ends) and any(_among(use.inputs, n.outputs) for use in heads)]
     if len(final) != 1 or len(heads) != 1:
         raise ModelError(f"{type(model).__name__}: no norm stands between the last block and the output head; use rotate=None")
-    _check_norm(final[0])
-    return Layout(size, blocks, f"{names[embedding]}.weight", final[0].name, names[head])
+    offsets[final[0].name] = _gain_offset(final[0])
+    return Layout(size, blocks, f"{names[embedding]}.weight", final[0].name, names[head], offsets)
 
 
 def _example(embedding: Tensor) -> Tensor:
@@ -345,11 +356,12 @@ def _example(embedding: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, plain loops of experts and fused attention (which has a function call to watch); restored afterwards."""
+    """Evaluation mode, plain loops of experts and, if the model has it, fused attention (a function call to watch); restored afterwards."""
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:
-        with settings_of(model, _experts_implementation="eager", _attn_implementation="sdpa"):
+        fused = {"_attn_implementation": "sdpa"} if getattr(model, "_supports_sdpa", True) else {}
+        with settings_of(model, _experts_implementation="eager", **fused):
             yield
     finally:
         for module, was in training.items():
@@ -363,24 +375,33 @@ def _among(rows: Tensor, known: Tensor) -> bool:
     return bool((rows[:, None] == known[None]).all(-1).any(1).all())
 
 
-def _check_norm(norm: _NormUse) -> None:
-    """Raises unless output = weight * input * (a factor of each token)."""
+def _gain_offset(norm: _NormUse) -> float:
+    """What a norm adds to its weight to make its gain: 0, or 1 where the weight is the gain's distance from one.
+
+    Raises unless output = (weight + offset) * input * (a factor of each token). If both offsets do, as for a weight of equal numbers, the
+    one counts whose factor is nearer to one over the root mean square of the input.
+    """
     x, y = norm.inputs.double(), norm.outputs.double()
     gains = [p.detach().double() for p in norm.module.parameters()]
-    scaled = x * gains[0]
-    factor = (y * scaled).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True).clamp(min=1e-300)
-    off = float((y - factor * scaled).norm() / y.norm().clamp(min=1e-300))
-    if len(gains) != 1 or off > max(1e-4, 8 * torch.finfo(norm.outputs.dtype).eps):
+    rms = x.square().mean(-1, keepdim=True).sqrt()
+    fitting: list[tuple[float, float]] = []
+    for offset in (0.0, 1.0):
+        scaled = x * (gains[0] + offset)
+        factor = (y * scaled).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True).clamp(min=1e-300)
+        off = float((y - factor * scaled).norm() / y.norm().clamp(min=1e-300))
+        if len(gains) == 1 and off <= max(1e-4, 8 * torch.finfo(norm.outputs.dtype).eps):
+            fitting.append((float((factor * rms - 1).abs().mean()), offset))
+    if not fitting:
         raise ModelError(
             f"{norm.name} ({type(norm.module).__name__}) is no RMS norm with a plain gain (it subtracts a mean, adds a bias, or its gain "
-            "is not its weight), so a rotation of the residual stream would change the model; use rotate=None"
+            "is neither its weight nor one more), so a rotation of the residual stream would change the model; use rotate=None"
         )
+    return min(fitting)[1]
 
 
-def _matrices(block: str, seen: _Seen, size: int, model: nn.Module) -> list[Matrix]:
+def _matrices(block: str, seen: _Seen, size: int, offsets: dict[str, float]) -> list[Matrix]:
     stream = [n for n in seen.norms if not any(_among(n.inputs, use.outputs) for use in seen.uses)]
-    for norm in stream:
-        _check_norm(norm)
+    offsets |= {norm.name: _gain_offset(norm) for norm in stream}
     source = {use.parameter: next((norm.name for norm in stream if _among(use.inputs, norm.outputs)), None) for use in seen.uses}
     pairs = [pair for pair in _heads(seen) if source[pair[0]] is not None and source[pair[2]] is None]
     value = {parameter: heads for parameter, heads, _, _ in pairs}
@@ -462,10 +483,11 @@ class Rotator:
 
     def rotate(self, name: str, block: nn.Module) -> None:
         """Rotate the weights of a copy of a block, in place; each weight is rounded to its dtype once."""
-        gains = {m.norm: block.get_submodule(m.norm) for m in self.layout.blocks[name] if m.norm}
+        norms = {f"{name}.{m.norm}": block.get_submodule(m.norm) for m in self.layout.blocks[name] if m.norm}
+        gains = {norm: self.layout.gain(norm, module) for norm, module in norms.items()}
         online = self._online(name, block)
         for matrix in self.layout.blocks[name]:
-            gain = next(gains[matrix.norm].parameters()).detach().double() if matrix.norm else None
+            gain = gains[f"{name}.{matrix.norm}"] if matrix.norm else None
             weight = block.get_parameter(matrix.parameter).detach()
             for part in weight if weight.dim() == 3 else [weight]:
                 work = part.double()
@@ -491,8 +513,8 @@ class Rotator:
                 else:
                     heads = bias.double().unflatten(-1, (matrix.value_heads, -1))
                     bias.copy_(self._of_heads(heads.shape[-1]).rows(heads).flatten())
-        for norm in gains.values():
-            next(norm.parameters()).detach().fill_(1.0)
+        for norm, module in norms.items():
+            next(module.parameters()).detach().copy_(self.layout.without_gain(norm, module))
 
     def _of_heads(self, size: int) -> Rotation:
         return rotation(size, self.mode, derived(self.seed, "head"))
@@ -524,10 +546,10 @@ class Rotator:
         embedding = self.model.get_parameter(self.layout.embedding).detach()
         yield self.layout.embedding, _as_narrow(embedding, _rotated(embedding, self.stream, None))
         norm = self.model.get_submodule(self.layout.norm)
-        name, gain = next(norm.named_parameters())
+        name, _ = next(norm.named_parameters())
         head = self.model.get_parameter(f"{self.layout.head}.weight").detach()
-        yield f"{self.layout.head}.weight", _as_narrow(head, _rotated(head, self.stream, gain.detach()))
-        yield f"{self.layout.norm}.{name}", torch.ones_like(gain.detach())
+        yield f"{self.layout.head}.weight", _as_narrow(head, _rotated(head, self.stream, self.layout.gain(self.layout.norm, norm)))
+        yield f"{self.layout.norm}.{name}", self.layout.without_gain(self.layout.norm, norm)
         if self.mode == "online":
             for block in self.layout.blocks:
                 self.prepare(block, self.model.get_submodule(block))
@@ -572,11 +594,11 @@ class Rotator:
             module = copy.deepcopy(norm)
             del module.__dict__["forward"]
             module.double()
-            gain = next(module.parameters()).detach()
+            gain = layout.gain(layout.norm, module)
             weight = head.get_parameter("weight").detach()[rows.to(hidden.device)]
             weight = _rotated(weight.double(), self.stream, gain) if rotated else weight.double()
             if rotated:
-                gain.fill_(1.0)
+                next(module.parameters()).detach().copy_(layout.without_gain(layout.norm, module))
             result.append(functional.linear(module(hidden), weight).reshape(-1, len(rows)))
             return hidden
 

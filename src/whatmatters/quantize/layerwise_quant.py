@@ -30,11 +30,10 @@ from whatmatters.quantize._common import check_groups, check_sites
 
 __all__ = ["bits_sweep", "layerwise_quant"]
 
-SLUG = "layerwise-quant"
-
 
 @method(
-    SLUG, paper="2406.17415", job="quantize", unit="layer", action="quantize", score="layer input modification", allocation="bits by rank",
+    "layerwise-quant", paper="2406.17415", job="quantize", unit="layer", action="quantize", score="layer input modification",
+    allocation="bits by rank",
 )  # fmt: skip
 def layerwise_quant(
     model: nn.Module,
@@ -109,7 +108,7 @@ def layerwise_quant(
         raise DataError(f"the quantizer {backend!r} needs calibration data; give some, or backend='rtn'")
     check_groups(dict.fromkeys((site.name for site in found.sites), min(levels)), found, group_size)
     check_sites(model, found, allow_uncovered)
-    report = Report(SLUG, "quantize", {})
+    report = Report("layerwise-quant", "quantize", {})
     with measured(report):
         scores = layer_importance(layer_scores, model, calibration, found, seed=seed, progress=progress)
         plan = allocation.bits(
@@ -170,7 +169,7 @@ def _backend(backend: str | Callable[..., Report]) -> tuple[Callable[..., Report
     if not isinstance(backend, str):
         return backend, False
     entry = get_method(backend, job="quantize")
-    if entry.slug == SLUG:
+    if entry.slug == "layerwise-quant":
         raise InputError(f"backend {backend!r} is this method itself; expected a quantizer such as 'rtn', 'gptq' or 'rsq'")
     return entry.function, entry.needs_text
 

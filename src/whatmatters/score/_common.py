@@ -1,6 +1,7 @@
 """What scorers share: statistics of what goes into each site of a block, and scores of weights collected site by site."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +16,8 @@ from whatmatters.core.progress import Progress
 from whatmatters.core.scores import Scores
 from whatmatters.core.seeds import Seed
 from whatmatters.core.sites import Site, Structure, structure, version_of
-from whatmatters.core.walk import Batch, Block, walk
-from whatmatters.kernels.gram import accumulate_gram, mirror
+from whatmatters.core.walk import Batch, Block, give_memory_back, walk
+from whatmatters.kernels.gram import add_tiles, gram_tiles, mirror
 
 __all__ = ["Statistic", "input_statistics"]
 
@@ -52,7 +53,8 @@ def input_statistics(
         block: the block being visited, in whatever state its weights are.
         sites: the sites of interest.
         kind: "gram" for sum w x x', "diagonal" for sum w x^2.
-        weights: for each micro-batch the weights of its tokens, (samples, length), non-negative; None: all one.
+        weights: for each micro-batch the weights of its tokens, (samples, length), non-negative; None: all one. Where ranks share the
+            work, those of `block.own_batches()` will do.
 
     Returns:
         One statistic for each distinct input, in the order of `sites`.
@@ -60,26 +62,38 @@ def input_statistics(
     Raises:
         ModelError: an expert is given tokens that cannot be followed back to their positions, and weights or padding need them to be.
     """
+    give_memory_back()  # of the solve before, so that peaks do not add up
     found: dict[str, Statistic] = {}
     alias: dict[str, str] = {}
     wanted = {site.name for site in sites}
     plain = all(site.index is None for site in sites)
     by_name = {site.name: site for site in sites}
 
-    def add(statistic: Statistic, x: Tensor, w: Tensor | None) -> None:
-        if kind == "diagonal":
-            squares = x.double().square()
-            statistic.total += squares.sum(0) if w is None else (squares * w.double()[:, None]).sum(0)
+    def pieces_of(x: Tensor, w: Tensor | None) -> Iterable[Tensor]:
+        if kind == "gram":
+            return gram_tiles(x, w)
+        squares = x.double().square()
+        return [squares.sum(0) if w is None else (squares * w.double()[:, None]).sum(0)]
+
+    def add(name: str, tokens: float, pieces: Iterable[Tensor]) -> None:
+        statistic = found.setdefault(name, empty(name, block.weight(by_name[name]).device))
+        if kind == "gram":
+            add_tiles(statistic.total, pieces)
         else:
-            accumulate_gram(statistic.total, x, w)
-        statistic.tokens += len(x) if w is None else float(w.double().sum())
+            for piece in pieces:
+                statistic.total += piece.to(statistic.total.device)
+        statistic.tokens += tokens
 
     def empty(name: str, device: torch.device) -> Statistic:
         d = by_name[name].shape[1]
         return Statistic(torch.zeros((d, d) if kind == "gram" else (d,), dtype=torch.float64, device=device), 0.0, [name])
 
-    for batch in block.batches():
-        token_weights = _token_weights(batch, weights)
+    def work(batch: Batch) -> tuple[Any, list[Tensor]]:
+        """Adds what one micro-batch gives, or, where ranks share the work, gives it away: each name with its tokens and tiles."""
+        told: list[tuple[str, float, int]] = []
+        given: list[Tensor] = []
+        others: dict[str, str] = {}
+        token_weights = _token_weights(batch, weights, block)
         seen: list[tuple[tuple[int, int, torch.Size], str, Tensor]] = []  # holds the tensors, so that addresses stay theirs
         names: set[str] = set()
 
@@ -89,19 +103,23 @@ def input_statistics(
             names.add(name)
             if first is None:
                 seen.append((address, name, x))
-                statistic = found.setdefault(name, empty(name, x.device))
                 w = token_weights
                 if w is not None and by_name[name].index is not None:
                     if rows is None:
                         raise ModelError(f"{name}: the tokens given to this expert cannot be followed, so they cannot be weighted")
                     w = w[rows]
                 flat = x.reshape(-1, x.shape[-1])
-                if w is None or by_name[name].index is not None or len(w) == len(flat):
-                    add(statistic, flat, w)
-                else:
+                if not (w is None or by_name[name].index is not None or len(w) == len(flat)):
                     raise ModelError(f"{name} is given {len(flat)} tokens where the micro-batch has {len(w)}, so they cannot be weighted")
+                tokens = float(len(flat) if w is None else w.double().sum())
+                if block.shared:
+                    pieces = list(pieces_of(flat, w))
+                    told.append((name, tokens, len(pieces)))
+                    given.extend(pieces)
+                else:
+                    add(name, tokens, pieces_of(flat, w))
             elif name != first:
-                alias[name] = first
+                others[name] = first
             if plain and names == wanted:
                 raise _Enough
 
@@ -110,6 +128,15 @@ def input_statistics(
                 block.run(batch)
         except _Enough:
             pass
+        return [told, others], given
+
+    def take(note: Any, tensors: Iterator[Tensor]) -> None:
+        told, others = note
+        for name, tokens, count in told:
+            add(name, tokens, itertools.islice(tensors, count))
+        alias.update(others)
+
+    block.each(work, take)
     for name in by_name:
         if name in alias and name not in found:
             found[alias[name]].sites.append(name)
@@ -122,9 +149,9 @@ def input_statistics(
     return sorted(found.values(), key=lambda s: order[s.sites[0]])
 
 
-def _token_weights(batch: Batch, weights: Sequence[Tensor] | None) -> Tensor | None:
+def _token_weights(batch: Batch, weights: Sequence[Tensor] | None, block: Block) -> Tensor | None:
     """Weights of the tokens of a micro-batch, flat; zero at padding; None when all are one."""
-    w = None if weights is None else weights[batch.index].reshape(-1)
+    w = None if weights is None else weights[block.place(batch, len(weights))].reshape(-1)
     if batch.valid is None:
         return w
     valid = batch.valid.reshape(-1)
@@ -146,7 +173,12 @@ def finite_weight(model: nn.Module, site: Site) -> Tensor:
 
 def tokens_of(block: Block) -> int:
     """Number of tokens that go into a block, padding left out."""
-    return sum(batch.hidden[..., 0].numel() if batch.valid is None else int(batch.valid.sum()) for batch in block.batches())
+    counts: list[int] = []
+    block.each(
+        lambda batch: (batch.hidden[..., 0].numel() if batch.valid is None else int(batch.valid.sum()), []),
+        lambda count, _: counts.append(count),
+    )
+    return sum(counts)
 
 
 def data_settings(calibration: Calibration) -> dict[str, Any]:

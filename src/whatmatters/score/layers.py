@@ -5,7 +5,7 @@ LLMs Beyond Integer Bit-Levels", arXiv 2406.17415. unit layer · score LIM or ZD
 official code was published; the definitions are the paper's. Its smaller ZD means more important, so the score here is minus ZD.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from whatmatters.core.errors import InputError, ModelError
 from whatmatters.core.progress import Progress, track
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import Site, Structure
-from whatmatters.core.walk import Block, walk
+from whatmatters.core.walk import Batch, Block, walk
 from whatmatters.score._common import check_by, data_settings, finite_weight, structure_of
 
 __all__ = ["layer_shift", "weight_outliers"]
@@ -84,7 +84,8 @@ def layer_shift(
 
     def visit(block: Block) -> dict[str, Any]:
         total, tokens = 0.0, 0
-        for batch in block.batches():
+
+        def work(batch: Batch) -> tuple[tuple[float, int], list[Tensor]]:
             output = block.run(batch)
             if output.shape != batch.hidden.shape:
                 raise ModelError(
@@ -92,7 +93,13 @@ def layer_shift(
                 )
             cosines = cosine(batch.hidden, output)
             cosines = cosines if batch.valid is None else cosines[batch.valid.to(cosines.device)]
-            total, tokens = total + float(cosines.sum()), tokens + cosines.numel()
+            return (float(cosines.sum()), cosines.numel()), []
+
+        def take(sums: Sequence[Any], _: Iterator[Tensor]) -> None:
+            nonlocal total, tokens
+            total, tokens = total + sums[0], tokens + sums[1]
+
+        block.each(work, take)
         values[block.name] = torch.tensor(-total / tokens, dtype=torch.float64)
         return {}
 

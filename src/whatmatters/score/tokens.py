@@ -124,7 +124,7 @@ def token_frequencies(calibration: Calibration) -> Int64[Tensor, " vocabulary"] 
 
 
 def token_contexts(block: Block, frequencies: Tensor | None = None) -> Iterator[TokenContext]:
-    """A context for each micro-batch of the block that a walk visits, in order.
+    """A context for each micro-batch of the block that a walk visits, in order; where ranks share the work, for those of this rank.
 
     Args:
         block: the visited block; contexts run it with the weights it has when they are asked.
@@ -133,12 +133,14 @@ def token_contexts(block: Block, frequencies: Tensor | None = None) -> Iterator[
     Raises:
         ModelError: the block's inputs are not sequences of vectors.
     """
-    first = 0
-    for batch in block.batches():
-        if batch.hidden.dim() != 3:
-            raise ModelError(f"{block.name} is given {tuple(batch.hidden.shape)}; tokens are scored in inputs (samples, length, d)")
-        yield TokenContext(block.name, first, batch.ids, batch.hidden, batch.valid, frequencies, _runner(block, batch))
-        first += len(batch.hidden)
+    for batch in block.own_batches():
+        yield _context(block, batch, frequencies)
+
+
+def _context(block: Block, batch: Batch, frequencies: Tensor | None) -> TokenContext:
+    if batch.hidden.dim() != 3:
+        raise ModelError(f"{block.name} is given {tuple(batch.hidden.shape)}; tokens are scored in inputs (samples, length, d)")
+    return TokenContext(block.name, batch.first, batch.ids, batch.hidden, batch.valid, frequencies, _runner(block, batch))
 
 
 def _runner(block: Block, batch: Batch) -> Callable[[bool], tuple[Tensor, Tensor | None]]:
@@ -681,7 +683,13 @@ def score_tokens(
     values: dict[str, Tensor] = {}
 
     def visit(block: Block) -> dict[str, Any]:
-        parts = [scores_of(context).masked_fill(~context.tokens, 0.0).cpu() for context in token_contexts(block, frequencies)]
+        parts: list[Tensor] = []
+
+        def work(batch: Batch) -> tuple[None, list[Tensor]]:
+            context = _context(block, batch, frequencies)
+            return None, [scores_of(context).masked_fill(~context.tokens, 0.0).cpu()]
+
+        block.each(work, lambda _, scores: parts.extend(scores))
         values[block.name] = torch.cat(parts)
         return {}
 

@@ -1,4 +1,3 @@
-# ruff: noqa: PT017, PT018 (no pytest here: a check is a function that asserts)
 """The contract: what every catalog entry promises, each promise a plain function that raises where it is not kept. Needs no pytest.
 
 `checks(entry)` are those that apply to an entry: general ones, and those of its form. `run(entry)` executes them. A check looks at

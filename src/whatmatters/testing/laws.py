@@ -1,4 +1,3 @@
-# ruff: noqa: PT018 (no pytest here: a check is a function that asserts)
 """Laws of Scores and of plans: what holds for all of them, whoever made them. Each raises AssertionError saying which law is broken."""
 
 import copy

@@ -1,4 +1,3 @@
-# ruff: noqa: PT017, PT018 (no pytest here: a check is a function that asserts)
 """Actions: a model and calibration data in, the model changed in one last step, a Report out. Quantizers and pruners."""
 
 import tempfile

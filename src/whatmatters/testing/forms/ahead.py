@@ -1,4 +1,3 @@
-# ruff: noqa: PT017 (no pytest here: a check is a function that asserts)
 """Scorers that run ahead: a model and calibration data in, Scores out, the model unchanged."""
 
 from collections.abc import Mapping

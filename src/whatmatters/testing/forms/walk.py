@@ -1,4 +1,3 @@
-# ruff: noqa: PT017, PT018 (no pytest here: a check is a function that asserts)
 """Scorers inside a walk: called with a block's tokens, they score each. Run here by `score_tokens`, as an action would."""
 
 from collections.abc import Mapping
