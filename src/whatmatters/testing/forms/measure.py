@@ -11,7 +11,7 @@ def _subject(seed: int) -> Tensor:
     return torch.randn(96, 12, generator=torch.Generator().manual_seed(seed)) @ torch.diag(torch.linspace(1, 0.1, 12))
 
 
-def _call(entry: Entry, subject: Tensor, **settings: object) -> float:
+def _call(entry: Entry, subject: object, **settings: object) -> float:
     return float(entry.function(subject, **settings))
 
 
