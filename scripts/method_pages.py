@@ -46,8 +46,10 @@ def made() -> dict[Path, str]:
     for name, record in records.items():
         page, figure = own.get(name, (claims_page, claims_figure))
         path = ROOT / "docs" / "methods" / f"{name}.md"
-        if not path.is_file() and name not in own:
-            continue  # evidence of a method whose page is still to be written
+        if name not in own and not (path.is_file() and BEGIN in path.read_text(encoding="utf-8")):
+            continue  # a page that is still to be written, or that tells its numbers itself
+        if (ROOT / "scripts" / f"{name.replace('-', '_')}_page.py").is_file():
+            continue  # a page with a script of its own
         text = page(record)
         result[path] = re.sub(
             f"{BEGIN}.*{END}", lambda _, text=text: f"{BEGIN}\n\n{text}\n{END}", path.read_text(encoding="utf-8"), flags=re.DOTALL

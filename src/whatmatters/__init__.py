@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from whatmatters import decode, explain, infer, interop, nn, prune, quantize, represent, sae, score, select, tokens, tune
+    from whatmatters import infer, interop, nn, prune, quantize, represent, score, select, tune
     from whatmatters.core import allocation as allocate
     from whatmatters.core import data, embedded, errors
     from whatmatters.core.checkpoint import load, load_meta, save
@@ -37,11 +37,9 @@ _HOMES = {
     "allocate": "whatmatters.core.allocation",
     "compare": "whatmatters.core.evaluate:compare",
     "data": "whatmatters.core.data",
-    "decode": "whatmatters.decode",
     "embedded": "whatmatters.core.embedded",
     "errors": "whatmatters.core.errors",
     "evaluate": "whatmatters.core.evaluate:evaluate",
-    "explain": "whatmatters.explain",
     "infer": "whatmatters.infer",
     "interop": "whatmatters.interop",
     "load": "whatmatters.core.checkpoint:load",
@@ -50,12 +48,10 @@ _HOMES = {
     "prune": "whatmatters.prune",
     "quantize": "whatmatters.quantize",
     "represent": "whatmatters.represent",
-    "sae": "whatmatters.sae",
     "save": "whatmatters.core.checkpoint:save",
     "score": "whatmatters.score",
     "select": "whatmatters.select",
     "structure": "whatmatters.core.sites:structure",
-    "tokens": "whatmatters.tokens",
     "tune": "whatmatters.tune",
 }
 """Where each public name lives: a module, or a name in one."""
@@ -69,11 +65,9 @@ __all__ = [
     "allocate",
     "compare",
     "data",
-    "decode",
     "embedded",
     "errors",
     "evaluate",
-    "explain",
     "infer",
     "interop",
     "load",
@@ -82,12 +76,10 @@ __all__ = [
     "prune",
     "quantize",
     "represent",
-    "sae",
     "save",
     "score",
     "select",
     "structure",
-    "tokens",
     "tune",
 ]
 

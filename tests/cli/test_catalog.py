@@ -20,7 +20,7 @@ def test_every_entry_is_listed(run):
 
 def test_jobs_are_told_apart(run):
     assert {row["job"] for row in json.loads(run("methods", "--job", "prune", "--json").stdout)["methods"]} == {"prune"}
-    assert "known: prune, quantize, score" in run("methods", "--job", "nothing", code=1).stderr
+    assert "known: infer, nn, prune, quantize, represent, score, select, tune" in run("methods", "--job", "nothing", code=1).stderr
 
 
 @pytest.mark.parametrize("entry", [*methods(), *scorers()], ids=lambda e: e.slug)

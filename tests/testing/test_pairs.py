@@ -1,27 +1,113 @@
-"""Any scorer of a unit fits any action on that unit: every compatible pair is run, and what does not fit is refused."""
+"""Every scorer with every action that takes its unit; what does not fit is refused with an error of ours."""
 
-from collections.abc import Callable
+import inspect
+from typing import Any
 
 import pytest
+import torch
 
-from whatmatters.core import catalog
-from whatmatters.testing.pairs import Pair, misfits, pairs
+from whatmatters.core import allocation, catalog
+from whatmatters.core.catalog import Entry
+from whatmatters.core.data import Calibration
+from whatmatters.core.errors import WhatMattersError
+from whatmatters.core.report import Report
+from whatmatters.core.scores import Scores
+from whatmatters.core.sites import structure
+from whatmatters.prune import apply as apply_masks
+from whatmatters.score import score_tokens
+from whatmatters.testing.families import build, inputs
 
-PAIRS = pairs()
-MISFITS = list(misfits())
+ACTIONS = [entry for entry in catalog.methods() if entry.form == "action"]
+TAKES_BITS = [entry for entry in ACTIONS if "bits" in inspect.signature(entry.function).parameters]
+TAKES_LAYERS = [entry for entry in ACTIONS if "layer_scores" in inspect.signature(entry.function).parameters]
+TAKES_TOKENS = [entry for entry in ACTIONS if "token_scores" in inspect.signature(entry.function).parameters]
+LAYER, TOKEN = catalog.scorers("layer", "ahead"), catalog.scorers("token", "walk")
+WEIGHT = [entry for entry in LAYER if "unit" in inspect.signature(entry.function).parameters]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=[pair.name for pair in PAIRS])
-def test_a_compatible_pair_runs(pair: Pair) -> None:
-    pair.run()
+def data() -> Calibration:
+    return Calibration.from_tensors(inputs("llama", samples=4, length=16), batch=2)
 
 
-@pytest.mark.parametrize("refused", [check for _, check in MISFITS], ids=[name for name, _ in MISFITS])
-def test_what_does_not_fit_is_refused(refused: Callable[[], None]) -> None:
-    refused()
+def named(entry: Entry) -> str:
+    return entry.slug
 
 
-def test_every_scorer_and_every_action_on_a_model_is_in_a_pair() -> None:
-    assert {pair.scorer.slug for pair in PAIRS} == {scorer.slug for scorer in catalog.scorers()}
-    actions = {pair.action.slug for pair in PAIRS if pair.action is not None}
-    assert actions == {entry.slug for entry in catalog.methods() if entry.form == "action"}
+def scores(entry: Entry, **settings: Any) -> Scores:
+    extra = {"group_size": 8} if "group_size" in inspect.signature(entry.function).parameters else {}
+    return entry.function(build("llama"), data(), **extra, **settings)
+
+
+def run(action: Entry, **settings: Any) -> tuple[torch.nn.Module, Report]:
+    model = build("llama")
+    return model, action.function(model, data() if action.needs_text else None, group_size=8, **settings)
+
+
+@pytest.mark.parametrize("scorer", LAYER, ids=named)
+def test_layer_scores_make_bits_for_every_quantizer(scorer: Entry) -> None:
+    plan = allocation.bits(scores(scorer), 5.0, (2, 4, 8), group_size=8)
+    for action in TAKES_BITS:
+        model, report = run(action, bits=plan)
+        assert {row["site"]: row["bits"] for row in report.rows} == dict(plan.values)
+        assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, build("llama").model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("scorer", LAYER, ids=named)
+@pytest.mark.parametrize("action", TAKES_LAYERS, ids=named)
+def test_layer_scorers_by_name_and_as_scores_are_the_same(action: Entry, scorer: Entry) -> None:
+    found = scores(scorer, by="block") if "by" in inspect.signature(scorer.function).parameters else scores(scorer)
+    model, _ = run(action, average_bits=5.0, levels=(2, 4), layer_scores=found)
+    if "group_size" in inspect.signature(scorer.function).parameters:
+        return  # by name a scorer has its own group size, which does not divide the tiny model's inputs
+    by_name = build("llama")
+    action.function(by_name, data(), group_size=8, average_bits=5.0, levels=(2, 4), layer_scores=scorer.slug)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), by_name.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("scorer", TOKEN, ids=named)
+@pytest.mark.parametrize("action", TAKES_TOKENS, ids=named)
+def test_token_scorers_serve_every_action_that_takes_them(action: Entry, scorer: Entry) -> None:
+    model, report = run(action, bits=4, token_scores=scorer.slug, rotate=None)
+    assert report.rows
+    saved = score_tokens(build("llama"), data(), scorer.slug)
+    again, _ = run(action, bits=4, token_scores=saved, rotate=None)
+    assert torch.isfinite(again.lm_head.weight).all()
+    first = structure(model).blocks[0]
+    same = [
+        torch.equal(p, q) for p, q in zip(model.get_submodule(first).parameters(), again.get_submodule(first).parameters(), strict=True)
+    ]
+    assert all(same), "before anything is quantized, saved scores are those of the walk"
+
+
+@pytest.mark.parametrize("scorer", WEIGHT, ids=named)
+@pytest.mark.parametrize("scope", ["all", "site", "row", "2:4"])
+def test_weight_scores_make_masks_that_prune(scorer: Entry, scope: str) -> None:
+    plan = allocation.masks(scores(scorer, unit="weight"), 0.5, scope=scope)
+    model = build("llama")
+    report = apply_masks(model, plan)
+    zeros = sum(int((s.view(model) == 0).sum()) for s in structure(model).sites)
+    assert zeros == sum(s.size for s in structure(model).sites) // 2
+    assert len(report.rows) == len(structure(model).sites)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layer, weight = scores(LAYER[1]), scores(WEIGHT[0], unit="weight")
+    token = score_tokens(build("llama"), data(), "uniform")
+    mask, bits = allocation.masks(weight, 0.5), allocation.bits(layer, 5.0, (2, 4, 8), group_size=8)
+    model = build("llama")
+    before = [p.clone() for p in model.parameters()]
+    attempts = [
+        lambda: allocation.bits(token, 4.0),
+        lambda: allocation.bits(layer, 4.0, how="optimum"),
+        lambda: allocation.masks(layer, 0.5),
+        lambda: apply_masks(model, bits),
+        *(lambda a=a: a.function(model, data(), bits=mask, group_size=8) for a in TAKES_BITS),
+        *(lambda a=a: a.function(model, data(), bits=4, group_size=8, token_scores=layer) for a in TAKES_TOKENS),
+        *(lambda a=a: a.function(model, data(), bits=4, group_size=8, token_scores="magnitude") for a in TAKES_TOKENS),
+        *(lambda a=a: a.function(model, data(), average_bits=3, group_size=8, layer_scores=token) for a in TAKES_LAYERS),
+        *(lambda a=a: a.function(model, data(), average_bits=3, group_size=8, layer_scores="uniform") for a in TAKES_LAYERS),
+    ]
+    for attempt in attempts:
+        with pytest.raises(WhatMattersError):
+            attempt()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

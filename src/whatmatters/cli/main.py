@@ -14,7 +14,6 @@ from typer.core import TyperGroup
 
 from whatmatters.cli import catalog, compress, judge, look, options, plans, select
 from whatmatters.cli.console import LINE, Output, error_text, launched_rank
-from whatmatters.core.catalog import load_plugin
 from whatmatters.core.errors import WhatMattersError
 
 __all__ = ["app", "main"]
@@ -24,18 +23,10 @@ class Commands(TyperGroup):
     """The group of all commands: the one place where errors become messages and exit codes."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Remember the line, so that a stopped run can say how it is continued; `--debug` and `--plugin FILE` may stand anywhere on it."""
-        LINE.set(tuple(argument for argument in args if argument != "--debug"))
-        common: list[str] = []
-        rest: list[str] = []
-        waiting = list(args)
-        while waiting:
-            argument = waiting.pop(0)
-            if argument == "--plugin" and waiting:
-                common += [argument, waiting.pop(0)]
-            else:
-                (common if argument == "--debug" or argument.startswith("--plugin=") else rest).append(argument)
-        return super().parse_args(ctx, common + rest)
+        """Remember the line, so that a stopped run can say how it is continued; `--debug` may stand anywhere on it."""
+        rest = [argument for argument in args if argument != "--debug"]
+        LINE.set(tuple(rest))
+        return super().parse_args(ctx, ["--debug", *rest] if len(rest) < len(args) else rest)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command; what goes wrong is one message on stderr and exit code 1."""
@@ -73,20 +64,12 @@ app = typer.Typer(
 
 @app.callback()
 def common(
-    plugin: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--plugin", metavar="FILE.py", help="Run this Python file first, for the scorers of your own in it. Only files you trust."
-        ),
-    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error came from.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=lambda value: _version(value))
     ] = False,
 ) -> None:
     """Options of every command."""
-    for source in plugin or ():
-        load_plugin(source)
 
 
 def _version(wanted: bool) -> bool:

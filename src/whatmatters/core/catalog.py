@@ -7,25 +7,26 @@ silent absence.
 import contextlib
 import functools
 import importlib
-import importlib.util
+import importlib.metadata
 import inspect
 import pkgutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from whatmatters.core.errors import DataError, FileError, InputError, UnknownNameError, WhatMattersError
+from whatmatters.core.errors import DataError, UnknownNameError, WhatMattersError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ROOMS = ("nn", "score", "quantize", "prune", "tune", "tokens", "infer", "decode", "select", "sae", "explain", "represent")
+ROOMS = ("nn", "score", "quantize", "prune", "tune", "infer", "select", "represent")
 """Rooms that hold catalog entries, lowest floor first."""
 
 UNITS = ("weight", "channel", "head", "layer", "token", "pair", "tile", "sample", "feature", "concept", "prototype", "component", "task",
          "path", "model", "cell")  # fmt: skip
+
+PLUGINS = "whatmatters"
+"""Group of entry points in which installed packages name modules with scorers and methods of their own."""
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 """Floating-point types an entry works in unless it says otherwise."""
@@ -174,9 +175,8 @@ def method(
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        if inspect.isclass(function):
-            wrapped = function
-        else:
+        wrapped: Any = function
+        if not inspect.isclass(function):
             wrapped = door(f"{job}.{function.__name__}")(with_data(function) if needs_text else function)
         _register(
             Entry(
@@ -229,6 +229,8 @@ def _discover() -> None:
         package = importlib.import_module(f"whatmatters.{room}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"whatmatters.{room}.{module.name}")
+    for plugin in importlib.metadata.entry_points(group=PLUGINS):
+        plugin.load()  # an installed package that names itself here registers what it has by being imported
 
 
 def methods(job: str | None = None) -> list[Entry]:
@@ -260,47 +262,6 @@ def get_method(slug: str, job: str | None = None) -> Entry:
 def get_scorer(name: str, unit: str | None = None, when: str | None = None) -> Entry:
     """The scorer of that name; raises `UnknownNameError` listing the known ones of that unit."""
     return _named(scorers(unit, when), f"{unit} scorer" if unit else "scorer", name)
-
-
-def load_plugin(source: str | Path) -> list[Entry]:
-    """Run a Python file of the user's own, for the scorers and methods that it registers; they are then found by name, as all are.
-
-    Nothing is run that is not named here: no entry points of installed packages, no folder that is searched.
-
-    Args:
-        source: a file ending in .py, or the name of a module that can be imported. Its code is executed.
-
-    Returns:
-        The entries it registered.
-
-    Raises:
-        FileError: there is no such file or module.
-        InputError: it cannot be run, or it registers nothing.
-    """
-    _discover()
-    name = str(source)
-    try:
-        if name.endswith(".py"):
-            if not Path(name).is_file():
-                raise FileError(f"no file {name}; expected a Python file that registers scorers, or the name of a module")
-            spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-            if spec is None or spec.loader is None:
-                raise InputError(f"{name} is no Python file")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[module.__name__] = module
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(name)
-    except WhatMattersError:
-        raise
-    except ModuleNotFoundError as error:
-        raise FileError(f"{name}: {error}; expected a Python file that registers scorers, or the name of a module") from error
-    except Exception as error:
-        raise InputError(f"{name} cannot be run: {type(error).__name__}: {error}") from error
-    found = [entry for entry in _entries.values() if inspect.unwrap(entry.function).__module__ == module.__name__]
-    if not found:
-        raise InputError(f"{name} registers nothing; decorate a function with whatmatters.core.catalog.scorer or method")
-    return found
 
 
 def open_room(package: str, namespace: dict[str, Any]) -> list[str]:

@@ -555,7 +555,9 @@ def _check_format(model: nn.Module, format: str, *, quantized: bool) -> PreTrain
             "keep its state_dict with safetensors.torch.save_file"
         )
     if getattr(model, "whatmatters_online", False):
-        raise FormatError("this model was rotated in ways that it computes as it runs, which no checkpoint holds; use rotate='hadamard'")
+        raise FormatError(
+            "this model computes something as it runs that no checkpoint holds: use rotate='hadamard' for a rotation, undo() a handle"
+        )
     if format == "compressed-tensors" and not quantized:
         raise FormatError('format="compressed-tensors" holds quantized models, and no site is quantized; use format="dense"')
     return model

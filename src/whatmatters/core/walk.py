@@ -342,7 +342,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        plain: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(memoryview(plain))
         offload.release()
     return digest.hexdigest()
 

@@ -169,7 +169,7 @@ class RankMeCallback(TrainerCallback):
         >>> with watcher.watch(model):
         ...     for _ in range(4):
         ...         _ = model(torch.eye(4).repeat(4, 1))
-        ...         watcher.step()
+        ...         _ = watcher.step()
         >>> [step for step, _ in watcher.history]
         [2, 4]
     """

@@ -252,7 +252,7 @@ def spectrum(Z: Matrix | Iterable[Matrix], *, eps: float = EPS, center: bool = F
             raise InputError(f"{len(rows)} rows; a spectrum needs at least 2")
         if route == "svd" or (route == "auto" and len(rows) <= 2 * rows.shape[1]):
             rows = (rows - rows.mean(0) if center else rows).double()
-            return _warned(Spectrum(torch.linalg.svdvals(rows).cpu(), *rows.shape, eps))
+            return _warned(Spectrum(torch.linalg.svdvals(rows).cpu(), rows.shape[0], rows.shape[1], eps))
         Z = rows.split(8192)
     elif route == "svd":
         raise InputError("batches are streamed and have no svd; give the whole matrix, or route='gram'")

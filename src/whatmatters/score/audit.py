@@ -245,10 +245,10 @@ def _score(
             scores[name] = entry
             continue
         accepted = inspect.signature(entry.function).parameters
-        given = {key: value for key, value in options.items() if key in accepted}
+        given = {key: value for key, value in {**options, "progress": progress}.items() if key in accepted}
         started = time.perf_counter()
         try:
-            scores[name] = entry.function(model, calibration, progress=progress, **given)
+            scores[name] = entry.function(model, calibration, **given)
         except ModelError as error:
             if not skip:
                 raise

@@ -252,9 +252,6 @@ class DSIR(BaseEstimator):
         engine: "local", or "ray" for a Ray cluster whose machines all see the files and `run_dir`.
         kernel: "compiled" (needs numba), "reference", or "auto": compiled where numba is installed.
 
-    Returns:
-        An estimator: `fit` returns itself, `score` the weights of all rows, `select` a `DSIRSelection`, `write` the folder written.
-
     Attributes:
         log_ratio_: (targets, buckets) log ratios.
         raw_counts_: (buckets,) n-grams of the raw corpus that were counted.

@@ -2,11 +2,11 @@
 
 import copy
 import dataclasses
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def _no_less_for_more(plan: Plan, scores: Scores, values: Mapping[str, int]) -> 
     if any(len(group) > 1 for group in plan.structure.groups()) and not all(name in plan.structure.blocks for name in stakes):
         return  # tied sites share the mean of their ranks, so single sites say nothing
     ordered = sorted(alone, key=lambda name: float(stakes[name]))
-    for less, more in pairwise(ordered):
+    for less, more in itertools.pairwise(ordered):
         if float(stakes[less]) < float(stakes[more]):
             assert values[groups[less][0]] <= values[groups[more][0]], f"{more} matters more than {less} and got fewer bits"
 
@@ -230,7 +230,7 @@ def _ratios(plan: Plan, scores: Scores | None) -> None:
     if scores is not None:
         lifted = {name: float(value) for name, value in scores.lift(structure).stakes().values.items()}
         ordered = sorted(lifted, key=lambda name: lifted[name])
-        for less, more in pairwise(ordered):
+        for less, more in itertools.pairwise(ordered):
             if lifted[less] < lifted[more]:
                 room = 1 / min(sizes[less], sizes[more])
                 assert float(plan.values[more]) <= float(plan.values[less]) + room, (
@@ -255,7 +255,8 @@ def _sampling(plan: Plan, scores: Scores | None) -> None:
 
 
 def _frozen(value: Scores | Plan) -> None:
-    for attempt in (lambda: setattr(value, "method", "other"), lambda: value.values.__setitem__("other", 1)):  # type: ignore[attr-defined]
+    frozen: Any = value.values
+    for attempt in (lambda: setattr(value, "method", "other"), lambda: frozen.__setitem__("other", 1)):
         try:
             attempt()
         except (TypeError, AttributeError):

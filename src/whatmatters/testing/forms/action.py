@@ -146,6 +146,7 @@ def gradients_are_neither_made_nor_switched(entry: Entry) -> None:
 
 def leaves_forward_and_attention_alone(entry: Entry) -> None:
     """No replaced forward and no other attention implementation stays in the model."""
+    model: Any
     model, data = subject(0)
     attention = model.config._attn_implementation
     call(entry, (model, data), **settings(entry))
@@ -211,8 +212,9 @@ FORM = Form(
         "block_size": [0],
         "r_min": [-1.0, 1.0],
         "power": [0.0],
-        "rotate": ["sideways"],
         "expand_factor": [0],
+        "rotate": ["sideways"],
+        "position_norm": ["cubic"],
         "token_scores": ["no-such-score"],
         "layer_scores": ["no-such-score"],
         "backend": ["no-such-quantizer"],

@@ -1,5 +1,7 @@
 """Measures: one number from a matrix of representations."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,11 @@ def _subject(seed: int) -> Tensor:
     return torch.randn(96, 12, generator=torch.Generator().manual_seed(seed)) @ torch.diag(torch.linspace(1, 0.1, 12))
 
 
-def _call(entry: Entry, subject: object, **settings: object) -> float:
+def _call(entry: Entry, subject: Tensor, **settings: object) -> float:
     return float(entry.function(subject, **settings))
 
 
-def _with(place: tuple[int, int], value: float) -> "object":
+def _with(place: tuple[int, int], value: float) -> Callable[[Tensor], Tensor]:
     def broken(subject: Tensor) -> Tensor:
         changed = subject.clone()
         changed[place] = value
@@ -34,7 +36,6 @@ FORM = Form(
         "one row": lambda subject: subject[:1],
         "no columns": lambda subject: subject[:, :0],
         "three dimensions": lambda subject: subject[None],
-        "text": lambda subject: "embeddings",
     },
     bad_settings={"eps": [-1.0, float("nan")], "route": ["qr"]},
 )

@@ -1,6 +1,7 @@
 """Parametrizations: a module's weights are expressed in other numbers while it trains."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from whatmatters.core.catalog import Entry
 from whatmatters.testing.forms import Form
 
-Subject = tuple[nn.Module, Tensor]
+Subject = tuple[Any, Tensor]
 
 
 def _subject(seed: int) -> Subject:
@@ -26,7 +27,7 @@ def _outcome(result: nn.Module, subject: Subject) -> dict[str, Tensor]:
     return {"output": result(subject[1]).detach(), **{name: value.detach().clone() for name, value in result.state_dict().items()}}
 
 
-def _broken(change: Callable[[nn.Module], object]) -> Callable[[Subject], Subject]:
+def _broken(change: Callable[[Any], object]) -> Callable[[Subject], Subject]:
     def broken(subject: Subject) -> Subject:
         with torch.no_grad():
             change(subject[0])

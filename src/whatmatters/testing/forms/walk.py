@@ -20,7 +20,7 @@ from whatmatters.testing.state import changes, state_of
 
 __all__ = ["FORM"]
 
-Subject = tuple[nn.Module, Calibration | None]
+Subject = tuple[nn.Module, Calibration]
 
 
 def subject(seed: int, family: str = "llama", other: bool = False) -> Subject:
@@ -33,9 +33,10 @@ def subject(seed: int, family: str = "llama", other: bool = False) -> Subject:
     return build(family, seed), Calibration.from_tensors(ids, valid, batch=2)
 
 
-def call(entry: Entry, subject: Subject, **settings: Any) -> Scores:
+def call(entry: Entry, subject: Any, **settings: Any) -> Scores:
     """Scores of all tokens at every block."""
-    return score_tokens(*subject, entry.function if not settings else lambda context: entry.function(context, **settings))
+    model, text = subject
+    return score_tokens(model, text, entry.function if not settings else lambda context: entry.function(context, **settings))
 
 
 def outcome(result: Scores, subject: Subject) -> Mapping[str, Tensor]:
@@ -62,8 +63,7 @@ def scores_every_token_at_every_block(entry: Entry) -> None:
     scores = call(entry, good)
     assert scores.values.keys() == set(structure(good[0]).blocks), "score at every block"
     assert scores.unit == entry.unit == "token", f"the entry says unit {entry.unit!r}; scorers in a walk score tokens"
-    assert scores.valid is not None
-    assert good[1] is not None
+    assert scores.valid is not None and good[1].valid is not None
     assert all(torch.equal(mask, good[1].valid) for mask in scores.valid.values()), "the valid positions are not those of the data"
 
 
@@ -105,7 +105,6 @@ def answers_with_one_number_a_token(entry: Entry) -> None:
 def sequences_are_scored_alike(entry: Entry) -> None:
     """Micro-batches do not matter: each sequence has the same scores in batches of one and of three."""
     model, data = subject(0)
-    assert data is not None
     by_batch = [call(entry, (model, Calibration.from_tensors(data.inputs, data.valid, batch=size))) for size in (1, 3)]
     for name, value in by_batch[0].values.items():
         assert torch.allclose(value, by_batch[1].values[name], rtol=1e-4, atol=1e-5), f"the scores at {name} depend on the micro-batch"
@@ -122,7 +121,7 @@ def control_knows_nothing(entry: Entry) -> None:
 def bad_numbers_do_not_pass(entry: Entry) -> None:
     """A model with NaN in a block is refused, naming it."""
     try:
-        call(entry, poisoned(torch.nan)(subject(0)))  # type: ignore[arg-type]
+        call(entry, poisoned(torch.nan)(subject(0)))
     except NonFiniteError as error:
         assert "model.layers.1" in str(error), f"name the block in the message: {error}"
     else:

@@ -1,5 +1,0 @@
-"""Sparse autoencoders: what a model's activations are made of. One file a method."""
-
-from whatmatters.core.catalog import open_room
-
-__all__ = open_room(__name__, globals())
