@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import random
+import subprocess
 import sys
 import types
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from whatmatters.core.report import Report
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure as find
 from whatmatters.quantize import rtn
-from whatmatters.testing import contract
+from whatmatters.testing import check_scorer, contract
 
 
 def magnitudes(model: nn.Module, calibration: Calibration | None = None, *, structure: Any = None, progress: Any = None) -> Scores:
@@ -424,6 +426,18 @@ def depends_on_the_batch(context: Any) -> Tensor:
     return norms / norms.sum()
 
 
+@broken("scores-are-their-own")
+def shares_memory(model: nn.Module, calibration: Calibration | None = None, *, structure: Any = None) -> Scores:
+    """Gives views of the model's weights."""
+    scores = magnitudes(model, calibration, structure=structure)
+    first = next(iter(scores.values))
+    views = {first: find(model).in_block(first)[0].view(model).detach()[0, 0]}
+    object.__setattr__(
+        scores, "values", MappingProxyType({**scores.values, **views}) if views[first].dtype == torch.float32 else scores.values
+    )
+    return scores
+
+
 @pytest.mark.parametrize(("caught", "entry"), BROKEN, ids=[entry.function.__name__ for _, entry in BROKEN])
 def test_it_is_caught_by_the_check_that_is_meant_for_it(caught: set[str], entry: Entry) -> None:
     contract._baseline.cache_clear()
@@ -593,3 +607,31 @@ def test_results_are_caught(name: str, function: Callable[..., Any], monkeypatch
     with pytest.raises((AssertionError, ValueError)):
         check.run(entry)
     contract._baseline.cache_clear()
+
+
+PYTHONS_OWN = """
+import random
+from whatmatters.core.scores import Scores
+from whatmatters.core.sites import structure
+from whatmatters.testing import check_scorer
+
+def draws(model, calibration=None):
+    "Draws from Python's global generator."
+    random.random()
+    found = structure(model)
+    return Scores("layer", {s.name: s.view(model).detach().double().abs().mean() for s in found.sites}, "toy", {}, structure=found)
+
+check_scorer(draws)
+"""
+
+
+def test_pythons_generator_is_looked_at_where_annotations_are_not_checked() -> None:
+    """beartype itself draws from it, so this runs as a user's process does."""
+    done = subprocess.run([sys.executable, "-c", PYTHONS_OWN], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "the global generator of python was used" in done.stderr
+
+
+def test_what_is_broken_is_told() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)talks breaks 1 of \d+ checks.*nothing-is-printed: printed 'scoring'"):
+        check_scorer(talks)

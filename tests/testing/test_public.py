@@ -175,7 +175,9 @@ def test_every_kernel_with_a_reference_is_run_beside_it() -> None:
 
     files = {info.name for info in pkgutil.iter_modules(kernels.__path__)}
     with_reference = {name for name in files if any("reference" in n for n in vars(importlib.import_module(f"whatmatters.kernels.{name}")))}
-    assert with_reference == {"feedback", "gram", "ngrams", "prune_feedback", "sparse_gemv"}, "add the kernel to whatmatters.testing.kernels.KERNELS"
+    assert with_reference == {"feedback", "gram", "ngrams", "prune_feedback", "sparse_gemv"}, (
+        "add the kernel to whatmatters.testing.kernels.KERNELS"
+    )
     assert len(KERNELS) == len(with_reference)
 
 
