@@ -28,6 +28,7 @@ def test_all_mutations_are_found(name: str) -> None:
     assert dead, told
 
 
+@pytest.mark.full  # the judge has deadlines, which a busy machine may miss
 def test_a_test_that_lets_a_mutation_live_is_told(tmp_path: Path) -> None:
     harmless = mutations.Mutation(
         "src/whatmatters/core/progress.py", "for done, item in enumerate(items, 1):", "for done, item in enumerate(list(items), 1):",
