@@ -69,10 +69,16 @@ def _look(whole: Any, values: bool) -> State:
         elif isinstance(value, OPAQUE):
             found[path] = value
         elif id(value) not in seen:
-            seen[id(value)] = value  # holds it, so that its id stays its own
+            if not _frozen(value):  # what cannot be changed is told wherever it is: whether two places share it says nothing
+                seen[id(value)] = value  # holds it, so that its id stays its own
             found[path], parts = _parts(value)
             left += [(f"{path}{name}", part) for name, part in parts]
     return found
+
+
+def _frozen(value: Any) -> bool:
+    """Whether a thing has the same parts for good; such things are in no cycle of their own making."""
+    return isinstance(value, tuple | frozenset) or (is_dataclass(value) and type(value).__dataclass_params__.frozen)
 
 
 def _parts(value: Any) -> tuple[Any, list[tuple[str, Any]]]:
