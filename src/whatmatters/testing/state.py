@@ -78,7 +78,8 @@ def _look(whole: Any, values: bool) -> State:
 
 def _frozen(value: Any) -> bool:
     """Whether a thing has the same parts for good; such things are in no cycle of their own making."""
-    return isinstance(value, tuple | frozenset) or (is_dataclass(value) and type(value).__dataclass_params__.frozen)
+    dataclass = getattr(type(value), "__dataclass_params__", None)
+    return isinstance(value, tuple | frozenset) or (dataclass is not None and dataclass.frozen)
 
 
 def _parts(value: Any) -> tuple[Any, list[tuple[str, Any]]]:
