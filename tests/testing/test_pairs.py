@@ -1,6 +1,7 @@
 """Every scorer with every action that takes its unit; what does not fit is refused with an error of ours."""
 
 import inspect
+import typing
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from whatmatters.core import allocation, catalog
 from whatmatters.core.catalog import Entry
 from whatmatters.core.data import Calibration
 from whatmatters.core.errors import WhatMattersError
+from whatmatters.core.plans import Plan
 from whatmatters.core.report import Report
 from whatmatters.core.scores import Scores
 from whatmatters.core.sites import structure
@@ -111,3 +113,45 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(WhatMattersError):
             attempt()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+TAKES_RATIOS = [
+    entry
+    for entry in ACTIONS
+    if Plan in typing.get_args(getattr(inspect.signature(entry.function).parameters.get("sparsity"), "annotation", None))
+]
+
+
+@pytest.mark.parametrize("scorer", LAYER, ids=named)
+def test_layer_scores_make_ratios_for_every_pruner(scorer: Entry) -> None:
+    plan = allocation.ratios(scores(scorer), 0.4)
+    for action in TAKES_RATIOS:
+        model = build("llama")
+        action.function(model, data() if action.needs_text else None, sparsity=plan)
+        for site in structure(model).sites:
+            wanted, gone = float(plan.values[site.name]) * site.size, int((site.view(model) == 0).sum())
+            assert wanted - 1e-6 <= gone < wanted + site.shape[0], f"{action.slug}: {gone} of {site.name}, the plan says {wanted}"
+
+
+@pytest.mark.parametrize("scorer", WEIGHT, ids=named)
+def test_weight_scores_make_masks_that_are_repaired(scorer: Entry) -> None:
+    plan = allocation.masks(scores(scorer, unit="weight"), 0.4)
+    model = build("llama")
+    apply_masks(model, plan, data(), repair="sparsegpt")
+    for site in structure(model).sites:
+        assert not site.view(model)[~plan.values[site.name]].any()
+
+
+def test_every_scorer_and_every_action_is_in_a_pair() -> None:
+    assert {entry.slug for entry in [*LAYER, *TOKEN]} == {entry.slug for entry in catalog.scorers()}
+    taking = [*TAKES_BITS, *TAKES_LAYERS, *TAKES_TOKENS, *TAKES_RATIOS]
+    assert {entry.slug for entry in taking} == {entry.slug for entry in ACTIONS}
+
+
+def test_plans_of_the_wrong_kind_are_refused_by_pruners() -> None:
+    layer, weight = scores(LAYER[1]), scores(WEIGHT[0], unit="weight")
+    wrong = [allocation.masks(weight, 0.5), allocation.bits(layer, 5.0, (2, 4, 8), group_size=8)]
+    for action in TAKES_RATIOS:
+        for plan in wrong:
+            with pytest.raises(WhatMattersError):
+                action.function(build("llama"), data(), sparsity=plan)

@@ -12,7 +12,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from whatmatters.core.catalog import Entry, door, get_method, with_data
+from whatmatters.core.catalog import Entry, door, get_method, scorers, with_data
 from whatmatters.core.errors import InputError
 from whatmatters.testing.contract import Result, run
 from whatmatters.testing.laws import check_plan, check_scores
@@ -25,6 +25,8 @@ def check_scorer(
     control: bool = False,
 ) -> list[Result]:  # fmt: skip
     """Hold a scorer of one's own to the contract of the library's scorers; it need not be registered.
+
+    One that is registered with `@scorer` is held to what it said there; the other arguments then say nothing.
 
     Args:
         function: `f(model, calibration=None, *, ...) -> Scores` for `when="ahead"`, `f(context) -> Tensor` for `when="walk"`.
@@ -55,6 +57,9 @@ def check_scorer(
     """
     if when not in ("ahead", "walk"):
         raise InputError(f"when is {when!r}; expected 'ahead' or 'walk'")
+    registered = next((entry for entry in scorers() if entry.function is function), None)
+    if registered is not None:
+        return _all_hold(registered)
     name = getattr(function, "__name__", type(function).__name__).replace("_", "-").strip("-").lower()
     wrapped = door(f"user.{name.replace('-', '_')}")(with_data(function) if needs_text else function)
     flags: dict[str, Any] = {"needs_text": needs_text, "needs_gradients": needs_gradients, "control": control}

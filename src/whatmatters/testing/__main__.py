@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from whatmatters.core.errors import UnknownNameError
 from whatmatters.testing.contract import ROOT, Result, every_entry, run
 from whatmatters.testing.kernels import check_kernels
 
@@ -25,7 +24,7 @@ def main() -> int:
     console = Console()
     entries = [entry for entry in every_entry() if options.entry in (None, entry.slug, entry.slug.replace("-", "_"))]
     if not entries:
-        raise UnknownNameError(f"no entry named {options.entry!r}; known: {', '.join(entry.slug for entry in every_entry())}")
+        parser.error(f"no entry named {options.entry!r}; known: {', '.join(entry.slug for entry in every_entry())}")
     start = time.perf_counter()
     table = Table("entry", "job", "checks", "seconds", "broken")
     results: list[Result] = []

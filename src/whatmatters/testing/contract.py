@@ -13,6 +13,7 @@ import inspect
 import io
 import itertools
 import json
+import random
 import re
 import tempfile
 import time
@@ -170,8 +171,14 @@ def outcome_of(entry: Entry, seed: int = 0, **more: Any) -> dict[str, Tensor]:
 def _baseline(entry: Entry) -> tuple[Any, dict[str, Tensor]]:
     """Result and outcome of the plain call, made once for all checks that only look at them."""
     on = subject(entry)
+    before = global_state()
     result = call(entry, on)
+    _switched.setdefault(entry, [name for name in changes(before, global_state()) if name.startswith(("torch.", "numpy."))])
     return result, outcome(entry, result, on)
+
+
+_switched: dict[Entry, list[str]] = {}
+"""What the very first call of an entry changed: what is switched once for the whole process is not seen to change a second time."""
 
 
 def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
@@ -392,6 +399,7 @@ def global_randomness_is_left_alone(entry: Entry) -> None:
         on = subject(entry)
         with kept_random_state():
             torch.manual_seed(seed)
+            random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002  (the global one is what must not be touched)
             before = random_state()
             result = call(entry, on)
@@ -401,10 +409,11 @@ def global_randomness_is_left_alone(entry: Entry) -> None:
 
 
 def process_is_left_as_found(entry: Entry) -> None:
+    _baseline(entry)
     on = subject(entry)
     before = global_state()
     call(entry, on)
-    differing = changes(before, global_state())
+    differing = [*_switched.get(entry, ()), *changes(before, global_state())]
     assert not differing, f"{', '.join(differing)} is not as it was; restore it in a finally or a context manager"
 
 
@@ -465,7 +474,7 @@ def modes_and_hooks_are_left_as_found(entry: Entry) -> None:
         path for path in after if path not in before and (path.endswith(".forward") or "_hooks" in path) and "parametrizations" not in path
     ]
     assert not differing, f"{differing[:3]} is not as it was; restore modes and hooks in a finally or a context manager"
-    added = [path for path in left if after[path] not in ([], 0, "list")] if form(entry).undo is None else []
+    added = [path for path in left if after[path] not in (("list", 0), "list")] if form(entry).undo is None else []
     assert not added, f"{added[:3]} was left in the module; remove it, or give the form `undo`"
 
 
@@ -507,27 +516,20 @@ def mutable_parts(value: Any) -> dict[int, str]:
     """Identity and path of all lists, dictionaries, sets, arrays and tensors inside a value."""
     found: dict[int, str] = {}
     seen: dict[int, Any] = {}
-
-    def look(part: Any, path: str) -> None:
+    left: list[tuple[str, Any]] = [("", value)]
+    while left:
+        path, part = left.pop()
         if id(part) in seen or isinstance(part, type) or inspect.isroutine(part) or inspect.ismodule(part):
-            return
+            continue
         seen[id(part)] = part
-        if isinstance(part, Tensor | np.ndarray):
-            found[id(part)] = path or "itself"
-            return
-        if isinstance(part, list | dict | set):
+        if isinstance(part, Tensor | np.ndarray | list | dict | set):
             found[id(part)] = path or "itself"
         if isinstance(part, Mapping):
-            for key, item in part.items():
-                look(item, f"{path}[{key!r}]")
+            left += [(f"{path}[{key!r}]", item) for key, item in part.items()]
         elif isinstance(part, list | tuple):
-            for place, item in enumerate(part):
-                look(item, f"{path}[{place}]")
-        elif hasattr(part, "__dict__"):
-            for name, item in vars(part).items():
-                look(item, f"{path}.{name}")
-
-    look(value, "")
+            left += [(f"{path}[{place}]", item) for place, item in enumerate(part)]
+        elif hasattr(part, "__dict__") and not isinstance(part, Tensor):
+            left += [(f"{path}.{name}", item) for name, item in vars(part).items()]
     return found
 
 

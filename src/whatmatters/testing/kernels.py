@@ -10,6 +10,7 @@ from torch import Tensor
 from whatmatters.kernels.feedback import feedback_factor, round_with_feedback, round_with_feedback_reference
 from whatmatters.kernels.gram import accumulate_gram, accumulate_gram_reference, mirror
 from whatmatters.kernels.prune_feedback import prune_with_feedback, prune_with_feedback_reference
+from whatmatters.kernels.sparse_gemv import sparse_gemv, sparse_gemv_reference
 
 __all__ = ["check_kernels"]
 
@@ -89,6 +90,19 @@ def _pruning(device: torch.device) -> None:
     assert error < 1e-6, f"largest difference {error:.1e}"
 
 
+def _sparse_product(device: torch.device) -> None:
+    draw = torch.Generator().manual_seed(2)
+    x, norms = torch.randn(WIDTH, generator=draw).to(device), torch.rand(WIDTH, generator=draw).to(device)
+    for stored in (torch.randn(OUT, WIDTH, generator=draw), torch.randn(WIDTH, OUT, generator=draw).T):  # rows or channels contiguous
+        weight = stored.to(device)
+        for keep, bound in ((WIDTH // 3, None), (None, 0.2), (0, None)):
+            fast, count = sparse_gemv(weight, x, norms, keep=keep, bound=bound)
+            reference, expected = sparse_gemv_reference(weight, x, norms, keep=keep, bound=bound)
+            assert count == expected, f"{count} channels are kept, the reference keeps {expected}"
+            error = float((fast - reference).abs().max())
+            assert error < 1e-4, f"largest difference {error:.1e}"
+
+
 def _ngrams(device: torch.device) -> None:
     if importlib.util.find_spec("numba") is None:
         return  # without numba the reference is what runs
@@ -105,5 +119,6 @@ def _ngrams(device: torch.device) -> None:
 
 
 KERNELS: dict[str, Callable[[torch.device], None]] = {
-    "gram": _gram, "round with feedback": _rounding, "prune with feedback": _pruning, "n-grams": _ngrams,
+    "gram": _gram, "round with feedback": _rounding, "prune with feedback": _pruning, "sparse product": _sparse_product,
+    "n-grams": _ngrams,
 }  # fmt: skip

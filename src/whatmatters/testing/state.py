@@ -17,6 +17,7 @@ from torch import Tensor, nn
 __all__ = ["changes", "global_state", "kept_random_state", "outline_of", "random_state", "state_of"]
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+PLAIN = (bool, int, float, complex, str, bytes)
 OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 State = dict[str, Any]
@@ -35,16 +36,12 @@ def state_of(value: Any) -> State:
         >>> changes(before, state_of(layer))
         ['.training']
     """
-    found: State = {}
-    _look(value, "", found, {}, values=True)
-    return found
+    return _look(value, values=True)
 
 
 def outline_of(value: Any) -> State:
     """`state_of` without the numbers: types, shapes, devices, modes, hooks, which weights take gradients."""
-    found: State = {}
-    _look(value, "", found, {}, values=False)
-    return found
+    return _look(value, values=False)
 
 
 def changes(before: State, after: State, *, common: bool = False) -> list[str]:
@@ -54,60 +51,65 @@ def changes(before: State, after: State, *, common: bool = False) -> list[str]:
     return [path or "(itself)" for path in paths if before.get(path, lacking) != after.get(path, lacking)]
 
 
-def _look(value: Any, path: str, found: State, seen: dict[int, Any], *, values: bool) -> None:
-    def inside(part: Any, name: str) -> None:
-        _look(part, f"{path}{name}", found, seen, values=values)
+def _look(whole: Any, values: bool) -> State:
+    """Without recursion, and without functions made on the way: the run-time type checker would compile each of them anew."""
+    found: State = {}
+    seen: dict[int, Any] = {}
+    left: list[tuple[str, Any]] = [("", whole)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, Tensor):
+            found[path] = _tensor(value, values)
+            if value.requires_grad and value.is_leaf:
+                left.append((f"{path}.grad", value.grad))
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            found[path] = (str(value.dtype), value.shape, value.flags.writeable, value.tobytes() if values else None)
+        elif value is None or isinstance(value, PLAIN):
+            found[path] = (type(value).__name__, repr(value))
+        elif isinstance(value, OPAQUE):
+            found[path] = value
+        elif id(value) not in seen:
+            if not _frozen(value):  # what cannot be changed is told wherever it is: whether two places share it says nothing
+                seen[id(value)] = value  # holds it, so that its id stays its own
+            found[path], parts = _parts(value)
+            left += [(f"{path}{name}", part) for name, part in parts]
+    return found
 
-    if isinstance(value, Tensor):
-        found[path] = _tensor(value, values)
-        if value.requires_grad and value.is_leaf:
-            inside(value.grad, ".grad")
-        return
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        found[path] = (str(value.dtype), value.shape, value.flags.writeable, value.tobytes() if values else None)
-        return
-    if value is None or isinstance(value, (bool | int | float | complex | str | bytes, OPAQUE)):
-        found[path] = (type(value).__name__, value if isinstance(value, OPAQUE) else repr(value))
-        return
-    if id(value) in seen:
-        return
-    seen[id(value)] = value  # holds it, so that its id stays its own
-    found[path] = type(value).__qualname__
+
+def _frozen(value: Any) -> bool:
+    """Whether a thing has the same parts for good; such things are in no cycle of their own making."""
+    dataclass = getattr(type(value), "__dataclass_params__", None)
+    return isinstance(value, tuple | frozenset) or (dataclass is not None and dataclass.frozen)
+
+
+def _parts(value: Any) -> tuple[Any, list[tuple[str, Any]]]:
+    """What is told about a thing itself, and its named parts."""
+    kind = type(value).__qualname__
     if isinstance(value, torch.Generator):
-        inside(value.get_state(), ".state")
-    elif isinstance(value, nn.Module):
-        _module(value, inside)
-    elif isinstance(value, Mapping):
-        found[f"{path}.keys"] = [repr(key) for key in value]
-        for key, part in value.items():
-            inside(part, f"[{key!r}]")
-    elif isinstance(value, list | tuple):
-        found[f"{path}.length"] = len(value)
-        for place, part in enumerate(value):
-            inside(part, f"[{place}]")
-    elif isinstance(value, set | frozenset):
-        found[f"{path}.items"] = sorted(map(repr, value))
-    elif is_dataclass(value):
-        for field in fields(value):
-            inside(getattr(value, field.name, None), f".{field.name}")
-    else:
-        attributes = getattr(value, "__dict__", None)
-        if attributes is None:
-            found[f"{path}.repr"] = repr(value) if type(value).__repr__ is not object.__repr__ else None
-            return
-        for name, part in attributes.items():
-            inside(part, f".{name}")
+        return kind, [(".state", value.get_state())]
+    if isinstance(value, nn.Module):
+        return kind, _module(value)
+    if isinstance(value, Mapping):
+        return (kind, [repr(key) for key in value]), [(f"[{key!r}]", part) for key, part in value.items()]
+    if isinstance(value, list | tuple | np.ndarray):
+        return (kind, len(value)), [(f"[{place}]", part) for place, part in enumerate(value)]
+    if isinstance(value, set | frozenset):
+        return (kind, sorted(map(repr, value))), []
+    if is_dataclass(value):
+        return kind, [(f".{field.name}", getattr(value, field.name, None)) for field in fields(value)]
+    if hasattr(value, "__dict__"):
+        return kind, [(f".{name}", part) for name, part in vars(value).items()]
+    return (kind, None if type(value).__repr__ is object.__repr__ else repr(value)), []
 
 
-def _module(module: nn.Module, inside: Any) -> None:
-    for name in HOOKS:
-        inside(list(getattr(module, name)), f".{name}")
+def _module(module: nn.Module) -> list[tuple[str, Any]]:
+    parts: list[tuple[str, Any]] = [(f".{name}", list(getattr(module, name))) for name in HOOKS]
     for name, part in vars(module).items():
         if name in ("_parameters", "_buffers", "_modules"):
-            for key, item in part.items():
-                inside(item, f".{key}")
-        elif name == "training" or name == "forward" or not name.startswith("_"):
-            inside(part, f".{name}")
+            parts += [(f".{key}", item) for key, item in part.items()]
+        elif not name.startswith("_"):
+            parts.append((f".{name}", part))
+    return parts
 
 
 def _tensor(value: Tensor, values: bool) -> tuple[Any, ...]:
